@@ -1,0 +1,23 @@
+"""What most code does: repeat K and V to H heads, then call torch's SDPA. The thing to beat.
+
+The copy alone writes and reads R times the cache, so every byte that sharing heads saved is spent again.
+"""
+
+from torch import Tensor
+
+from attnlab.attention import torch_sdpa
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]."""
+    return torch_sdpa.attend(q, *_repeated(q, k, v), causal=causal, scale=scale)
+
+
+def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> str:
+    """The torch backend that the call takes."""
+    return torch_sdpa.backend(q, *_repeated(q, k, v), causal=causal, scale=scale)
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    repeats = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

@@ -1,0 +1,46 @@
+"""One exception for everything a user can mend, and the checks that raise it.
+
+Every message says what was got, what was expected and what would be valid. The command line turns an ``InputError``
+into one line on stderr and exit code 2; any other exception is a bug and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+MAX_SIZE = 2**40
+MAX_BYTES = 2**63 - 1
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used; the message says what would be."""
+
+
+def check_size(name: str, value: object, minimum: int = 1) -> int:
+    """Return ``value`` if it is an integer in [minimum, 2^40], else raise ``InputError``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, got {value!r}")
+    if not minimum <= value <= MAX_SIZE:
+        raise InputError(f"{name} must be between {minimum} and 2^40, got {value}")
+    return value
+
+
+def check_bytes(name: str, value: int) -> int:
+    """Return ``value`` if it fits a signed 64-bit count of bytes, else raise ``InputError``."""
+    if value > MAX_BYTES:
+        raise InputError(f"{name} comes to more than 2^63 bytes; give smaller sizes")
+    return value
+
+
+def check_choice(name: str, value: object, valid: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``valid``, else raise ``InputError`` with the nearest names."""
+    valid = list(valid)
+    if isinstance(value, str) and value in valid:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), valid, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise InputError(f"unknown {name} {value!r}; {hint}valid: {', '.join(valid)}")
+
+
+def divisors(n: int) -> list[int]:
+    """All positive divisors of ``n``, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,1 @@
+"""A LLaMA with G key/value heads: cache, layers, model, generation, checkpoints."""

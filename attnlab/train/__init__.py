@@ -1,0 +1,1 @@
+"""Small, honest training runs: what sharing heads costs in quality."""
