@@ -5,6 +5,7 @@ into one line on stderr and exit code 2; any other exception is a bug and keeps 
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 MAX_SIZE = 2**40
@@ -43,4 +44,6 @@ def check_choice(name: str, value: object, valid: Iterable[str]) -> str:
 
 def divisors(n: int) -> list[int]:
     """All positive divisors of ``n``, ascending."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    # in pairs: sizes go up to 2^40, and an error message that lists them must not hang
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]

@@ -17,7 +17,16 @@ from attnlab.errors import InputError, check_choice, check_size, divisors
 
 # Bytes of one element. The 8-bit names count a quantised cache (`--kv-dtype`); no model here computes in them.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
-_DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp8": "float8"}
+_DTYPE_ALIASES = {
+    "fp64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp8": "float8",
+    "float8_e4m3fn": "float8",
+    "float8_e5m2": "float8",
+}
 
 
 def dtype_name(dtype: object) -> str:
@@ -80,14 +89,15 @@ class ModelShape:
             check_size(field, getattr(self, field))
         if self.n_heads % self.n_kv_heads:
             raise InputError(
-                f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; valid: {_listed(divisors(self.n_heads))}"
+                f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; "
+                f"valid: {_listed(divisors(self.n_heads))}"
             )
-        if not self.rope_theta > 0:
-            raise InputError(f"rope_theta must be above 0, got {self.rope_theta}")
+        for field in ("rope_theta", "norm_eps"):
+            _check_positive(field, getattr(self, field))
 
     @property
     def variant(self) -> str:
-        """"MHA", "GQA-G" or "MQA"."""
+        """ "MHA", "GQA-G" or "MQA"."""
         return variant_name(self.n_heads, self.n_kv_heads)
 
     @property
@@ -133,8 +143,8 @@ class ModelShape:
         if not _rank_count_fits(self, p):
             valid = [d for d in divisors(self.n_heads) if _rank_count_fits(self, d)]
             raise InputError(
-                f"tensor_parallel={p} does not fit {self.n_heads} query heads and {self.n_kv_heads} KV heads: it must divide "
-                f"n_heads, and divide n_kv_heads or be a multiple of it; valid: {_listed(valid)}"
+                f"tensor_parallel={p} does not fit {self.n_heads} query heads and {self.n_kv_heads} KV heads: "
+                f"it must divide n_heads, and divide n_kv_heads or be a multiple of it; valid: {_listed(valid)}"
             )
         return replace(
             self,
@@ -171,12 +181,18 @@ def matched_ffn_dim(ffn_dim: int, saved_params: int, dim: int, layers: int, matr
     Rounded to the nearest integer. SwiGLU has three matrices; with two this reproduces the widening 4096 → 5440 of
     Shazeer 2019 (arXiv 1911.02150, section 4).
     """
-    per_unit = layers * matrices * dim
+    per_unit = check_size("layers", layers) * check_size("matrices", matrices) * check_size("dim", dim)
     return ffn_dim + (2 * saved_params + per_unit) // (2 * per_unit)
 
 
 def _rank_count_fits(shape: ModelShape, p: int) -> bool:
     return shape.n_heads % p == 0 and (shape.n_kv_heads % p == 0 or p % shape.n_kv_heads == 0)
+
+
+def _check_positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise InputError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
 
 
 def _listed(values: list[int]) -> str:
@@ -199,7 +215,7 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no config.json at {path}; give a config.json or a model directory that holds one") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: UTF-8, JSON or a huge number
         raise InputError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} holds {type(config).__name__}, expected a JSON object")
@@ -208,12 +224,16 @@ def read_hf_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 def hf_window(config: Mapping[str, Any]) -> int | None:
     """Sliding window in tokens where it is in force and shorter than the context, else None."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
+    # Qwen's own default: a window is listed but not used
+    used = config.get("use_sliding_window", config.get("model_type") not in ("qwen2", "qwen3"))
+    if config.get("sliding_window") is None or not used:
         return None
-    if config.get("model_type") == "qwen2" and not config.get("use_sliding_window"):
-        return None  # Qwen2's own default: a window is listed but not used
-    return window if window < config.get("max_position_embeddings", 4096) else None
+    window = check_size("sliding_window", config["sliding_window"])
+    return window if window < check_size("max_position_embeddings", _max_context(config)) else None
+
+
+def _max_context(config: Mapping[str, Any]) -> Any:
+    return config.get("max_position_embeddings", 4096)
 
 
 def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
@@ -222,7 +242,9 @@ def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
         if config.get(key):
             raise InputError(f"cannot count {family!r}: it has experts ({key}={config[key]})")
     if config.get("kv_lora_rank"):
-        raise InputError(f"cannot count {family!r}: it uses multi-head latent attention (kv_lora_rank={config['kv_lora_rank']})")
+        raise InputError(
+            f"cannot count {family!r}: it uses multi-head latent attention (kv_lora_rank={config['kv_lora_rank']})"
+        )
     if family not in HF_FAMILIES:
         raise InputError(f"cannot count model_type {family!r}; valid: {', '.join(HF_FAMILIES)} (SmolLM is a llama)")
     for key in ("attention_bias", "mlp_bias"):
@@ -230,15 +252,27 @@ def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
             raise InputError(f"cannot count {family!r} with {key}=true: only q/k/v biases of qwen2 are counted")
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"cannot count hidden_act {config['hidden_act']!r}: expected silu (SwiGLU)")
-    missing = [k for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size") if k not in config]
+    missing = [
+        k
+        for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+        if k not in config
+    ]
     if missing:
         raise InputError(f"the configuration lacks {', '.join(missing)}")
     if (window := hf_window(config)) is not None:
-        warnings.warn(f"sliding window of {window} tokens counted as if absent: every layer is taken to keep its whole context", stacklevel=3)
-    heads, dim = check_size("num_attention_heads", config["num_attention_heads"]), check_size("hidden_size", config["hidden_size"])
+        warnings.warn(
+            f"sliding window of {window} tokens counted as if absent: every layer is taken to keep its whole context",
+            stacklevel=3,
+        )
+    heads, dim = (
+        check_size("num_attention_heads", config["num_attention_heads"]),
+        check_size("hidden_size", config["hidden_size"]),
+    )
     # Both keys may be present and null; transformers reads null as the default too.
     kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"rope_parameters (or rope_scaling) must be a JSON object, got {rope!r}")
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     return ModelShape(
         n_layers=config["num_hidden_layers"],
@@ -249,9 +283,9 @@ def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
         ffn_dim=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_context=config.get("max_position_embeddings", 4096),
-        rope_theta=float(theta),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_context=_max_context(config),
+        rope_theta=_check_positive("rope_theta", theta),
+        norm_eps=_check_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         name=str(config.get("_name_or_path") or ""),
@@ -265,21 +299,34 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any], config: Mapping[str, Any]) ->
         return None
     if kind != "llama3":
         return RopeScaling(kind=str(kind))
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     return RopeScaling(
         kind="llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]),
+        factor=_check_positive("llama3 rope factor", rope.get("factor")),
+        low_freq_factor=_check_positive("low_freq_factor", rope.get("low_freq_factor")),
+        high_freq_factor=_check_positive("high_freq_factor", rope.get("high_freq_factor")),
+        original_context=check_size("original_max_position_embeddings", original),
     )
 
 
 # --- published shapes -----------------------------------------------------------------------------------------------
-# Llama 1: arXiv 2302.13971, table 2; Llama 2: arXiv 2307.09288 (34B as released with Code Llama: context 16k, theta 1e6);
-# Llama 3: arXiv 2407.21783, table 3; Mistral: arXiv 2310.06825; SmolLM2: arXiv 2502.02737; the rest from model cards.
+# Llama 1: arXiv 2302.13971, table 2; Llama 2: arXiv 2307.09288 (34B as released with Code Llama: context 16k,
+# theta 1e6); Llama 3: arXiv 2407.21783, table 3; Mistral: arXiv 2310.06825; SmolLM2: arXiv 2502.02737; the rest from
+# model cards.
 
 
-def _llama(name: str, layers: int, dim: int, heads: int, kv_heads: int, head_dim: int, ffn: int, vocab: int, context: int, **more: Any) -> ModelShape:
+def _llama(
+    name: str,
+    layers: int,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ffn: int,
+    vocab: int,
+    context: int,
+    **more: Any,
+) -> ModelShape:
     return ModelShape(layers, dim, heads, kv_heads, head_dim, ffn, vocab, max_context=context, name=name, **more)
 
 
@@ -298,8 +345,33 @@ _PUBLISHED = {
         _llama("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000, 4096),
         _llama("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256, 8192, rope_theta=500000.0),
         _llama("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256, 8192, rope_theta=500000.0),
-        _llama("llama-3.1-405b", 126, 16384, 128, 8, 128, 53248, 128256, 131072, rope_theta=500000.0, rope_scaling=_LLAMA31_ROPE),
-        _llama("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, 131072, tied_embeddings=True, rope_theta=500000.0, rope_scaling=_LLAMA32_ROPE),
+        _llama(
+            "llama-3.1-405b",
+            126,
+            16384,
+            128,
+            8,
+            128,
+            53248,
+            128256,
+            131072,
+            rope_theta=500000.0,
+            rope_scaling=_LLAMA31_ROPE,
+        ),
+        _llama(
+            "llama-3.2-1b",
+            16,
+            2048,
+            32,
+            8,
+            64,
+            8192,
+            128256,
+            131072,
+            tied_embeddings=True,
+            rope_theta=500000.0,
+            rope_scaling=_LLAMA32_ROPE,
+        ),
         _llama("mistral-7b-v0.1", 32, 4096, 32, 8, 128, 14336, 32000, 32768),
         _llama("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, 8192, tied_embeddings=True, rope_theta=100000.0),
         _llama("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, 8192, tied_embeddings=True, rope_theta=130000.0),

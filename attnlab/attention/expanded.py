@@ -19,5 +19,9 @@ def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> s
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    repeats = q.shape[1] // k.shape[1]
-    return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    B, H, D = q.shape[0], q.shape[1], q.shape[3]
+    G, S = k.shape[1], k.shape[2]
+    if G == H:
+        return k, v
+    # The quicker of the two usual spellings (Hugging Face's repeat_kv); repeat_interleave gives the same heads.
+    return tuple(x[:, :, None].expand(B, G, H // G, S, D).reshape(B, H, S, D) for x in (k, v))  # type: ignore[return-value]

@@ -1,0 +1,172 @@
+"""This machine: what it is called, what it has, and who else keeps it busy.
+
+Nothing here names the host or its user: rows are published.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from attnlab.errors import InputError
+
+TRAINING_LOCK = Path(tempfile.gettempdir()) / "attnlab-training.lock"
+BUSY_CORES = 0.3  # other processes above this many cores disturb a timing on a small machine
+LOAD_WINDOW_SECONDS = 0.1
+
+
+def resolve_device(device: str = "auto") -> str:
+    """"cpu" or "cuda"; "auto" takes CUDA where there is one. Raises ``InputError`` on CUDA asked for and absent, and on
+    any other device."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; valid: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("CUDA was asked for, but torch finds no CUDA device here; valid: cpu, auto")
+    return device
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What every row says of its machine and software: ``machine`` is the name of its folder of rows."""
+    facts: dict[str, Any] = {
+        "device": device,
+        "processor": _processor(),
+        "cores": _cores(),
+        "capability": torch.backends.cpu.get_cpu_capability().lower(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "last_level_cache_bytes": _last_level_cache_bytes(),
+        "threads": torch.get_num_threads(),
+        "os": platform.system().lower(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": str(numpy.__version__),
+    }
+    name = f"{facts['processor']}-{facts['cores']}c-{facts['capability']}"
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        name = gpu.name
+        facts |= {
+            "processor": gpu.name,
+            "capability": f"sm_{gpu.major}{gpu.minor}",
+            "memory_bytes": gpu.total_memory,
+            "last_level_cache_bytes": gpu.L2_cache_size,
+            "cuda": str(torch.version.cuda),
+            "driver": _driver(),
+        }
+    return {"machine": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), **facts}
+
+
+def _processor() -> str:
+    if platform.system() == "Linux":
+        with contextlib.suppress(OSError):
+            found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            if found:
+                return re.sub(r"\s*(\(R\)|\(TM\)|CPU|Processor|@.*|\d+-Core)\s*", " ", found[1]).strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _last_level_cache_bytes() -> int:
+    """Of the CPU; 32 MiB where the system does not say, which is large enough for a cold-cache rotation."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes, default=32 * 2**20)
+
+
+def _driver() -> str:
+    """The CUDA driver's interface version, as major.minor, asked of the driver itself."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+# --- who else keeps this machine busy ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """Hold the training lock: timings on this machine wait for it, or refuse. Any number of trainings share it."""
+    with TRAINING_LOCK.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def timing() -> Iterator[None]:
+    """Keep trainings out while timing; raises ``InputError`` if one is under way: each would spoil the other."""
+    with TRAINING_LOCK.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError("a training or another timing is running on this machine; wait for it to end, or stop it") from None
+        yield
+
+
+class Load:
+    """Cores kept busy by *other* processes between two moments: ``Load()`` starts, ``.cores()`` reads (None on macOS)."""
+
+    def __init__(self) -> None:
+        self._start = _busy_seconds()
+        self._began = time.monotonic()
+
+    def cores(self) -> float | None:
+        now = _busy_seconds()
+        if now is None or self._start is None:
+            return None
+        elapsed = max(time.monotonic() - self._began, 1e-3)
+        return round(max(0.0, (now - self._start) / elapsed), 3)
+
+
+def wait_for_quiet(seconds: float = 10.0) -> str:
+    """Wait until other processes leave the cores alone, at most ``seconds``; return "" or who still keeps them busy."""
+    until = time.monotonic() + seconds
+    while True:
+        load, before = Load(), _process_seconds()
+        time.sleep(LOAD_WINDOW_SECONDS)
+        cores = load.cores()
+        if cores is None or cores < BUSY_CORES:
+            return ""
+        if time.monotonic() > until:
+            after = _process_seconds()
+            busiest = max(after, key=lambda process: after[process] - before.get(process, after[process]), default=("?", 0))
+            return f"{cores:.1f} cores kept busy by others, most by {busiest[0]} ({busiest[1]})"
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of every process but this one since boot; None where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
+    mine = sum(os.times()[:2])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - mine
+
+
+def _process_seconds() -> dict[tuple[str, int], float]:
+    seconds: dict[tuple[str, int], float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            head, _, rest = stat.read_text().rpartition(")")
+            pid = int(head.split(" ", 1)[0])
+            fields = rest.split()
+            if pid != os.getpid():
+                seconds[head.split("(", 1)[1], pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds

@@ -1,0 +1,1 @@
+"""What sharing heads should cost: bytes and seconds from a shape, before anything is allocated or run."""

@@ -1,0 +1,184 @@
+"""The one way rows are written, read and checked.
+
+A *run* is one execution of a set of points on one machine: a folder with ``machine.json`` (its description and roofs)
+and ``rows.jsonl``, one JSON object a line. A row's identity is (run, key), the key being a hash of its configuration.
+A row counts once its newline is on disk; what a kill left behind it is cut off and said. Published runs lie in
+``bench/results/<machine>/<run>/``, a user's own in ``runs/<machine>/<run>/``.
+"""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnlab.errors import InputError
+
+if TYPE_CHECKING:  # pandas costs 0.3 s to import; only load_results needs it
+    import pandas
+
+SCHEMA = 1
+STATUSES = ("ok", "oom", "too_big", "unsupported", "implausible", "diverged")
+REPOSITORY = Path(__file__).resolve().parent.parent
+PUBLISHED = REPOSITORY / "bench" / "results"
+ROWS, MACHINE = "rows.jsonl", "machine.json"
+
+
+def row_key(configuration: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that name a configuration, whatever the order of its fields."""
+    canonical = json.dumps(configuration, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def git_commit() -> str:
+    """Short commit of the checkout that holds this library, "-dirty" where it was changed, "" outside a checkout."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+class Run:
+    """A run's folder, opened for writing by one process at a time.
+
+    Opening reads what is there (``rows``, in order), cuts off a torn last line (``repaired`` says so) and takes a lock.
+    Raises ``InputError`` on rows of another schema, damaged rows, an unwritable folder, or a second writer.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.name, self.repaired = self.folder.name, ""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.folder / ROWS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise InputError(f"{self.folder} is being written by another process; wait for it, or give another folder") from None
+        self._repair()
+        self.rows = _read_rows(self.folder / ROWS)
+        self._by_key = {row["key"]: row for row in self.rows}
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._by_key[key]
+
+    def append(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Add one row under ``key`` and return it as stored, with schema, run, commit and time filled in.
+
+        On disk entirely or not at all. Raises ``ValueError`` for a key already there, ``InputError`` when the disk is full.
+        """
+        if key in self._by_key:
+            raise ValueError(f"key {key} is already in {self.folder}")
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        full = {"schema": SCHEMA, "run": self.name, "key": key, **row, "commit": git_commit(), "time": stamp}
+        line = json.dumps(full, allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, end)
+            raise InputError(
+                f"cannot write to {self.folder / ROWS}: {error.strerror}; the {len(self.rows)} rows before are safe, rerun to go on"
+            ) from None
+        self.rows.append(full)
+        self._by_key[key] = full
+        return full
+
+    def _repair(self) -> None:
+        content = (self.folder / ROWS).read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.ftruncate(self._file, whole)
+            self.repaired = f"cut off a torn last line of {len(content) - whole} bytes in {self.folder / ROWS}; its point is done again"
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every whole row of ``path``; a torn last line is warned about and left out."""
+    lines = path.read_bytes().split(b"\n")
+    if lines.pop():
+        warnings.warn(f"{path} ends in a torn line, which is left out", stacklevel=3)
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            schema, key = row["schema"], row["key"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}, line {number}: not a row of attnlab (a JSON object with schema, run and key)") from None
+        if schema != SCHEMA:
+            raise InputError(f"{path}, line {number}: schema {schema!r}, this version reads schema {SCHEMA}")
+        if key in seen:
+            raise InputError(f"{path}, line {number}: key {key} stands there twice")
+        seen.add(key)
+        rows.append(row)
+    return rows
+
+
+def load_results(path: Path | str | None = None) -> "pandas.DataFrame":
+    """Every row below ``path`` (a run, a machine's folder or a whole tree; the published rows if None), one a line.
+    Nested fields become dotted columns: ``shape.n_kv_heads``, ``terms.bandwidth``.
+
+    Raises ``InputError`` if the folder is absent, holds no rows, or holds rows of another schema.
+    """
+    import pandas
+
+    root = PUBLISHED if path is None else Path(path)
+    files = sorted(root.rglob(ROWS)) if root.is_dir() else []
+    if not files:
+        raise InputError(f"no {ROWS} at or below {root}; give a run's folder, or make one with: attnlab explore")
+    return pandas.json_normalize([row for file in files for row in _read_rows(file)])
+
+
+def newest(rows: "pandas.DataFrame", kind: str, machine: str) -> "pandas.DataFrame":
+    """The ``kind`` rows of the newest run of ``machine`` that has any; empty if none has."""
+    chosen = rows[(rows["kind"] == kind) & (rows["machine"] == machine)]
+    return chosen[chosen["run"] == chosen["run"].max()]
+
+
+def run_folder(root: Path, machine: str, *, fresh: bool = False, suffix: str = "") -> Path:
+    """The newest run of ``machine`` below ``root`` whose name ends in ``suffix``, or a new one, named by UTC time."""
+    old = sorted(folder for folder in (root / machine).glob(f"*{suffix}") if (folder / ROWS).exists())
+    if old and not fresh:
+        return old[-1]
+    return root / machine / (time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + suffix)
+
+
+def publish(run: Path, root: Path = PUBLISHED) -> Path:
+    """Copy a finished run under ``root``/<machine>/; return where it lies. A run that is there already is refused."""
+    rows = _read_rows(run / ROWS) if (run / ROWS).exists() else []
+    if not rows:
+        raise InputError(f"{run} is not a run: it has no {ROWS} with rows")
+    target = root / rows[0]["machine"] / run.name
+    if target.exists():
+        raise InputError(f"{target} is published already")
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for name in (ROWS, MACHINE):
+        if (run / name).exists():
+            shutil.copyfile(run / name, partial / name)
+    partial.rename(target)
+    return target

@@ -1,0 +1,198 @@
+"""What sharing heads costs in quality: a declared set of small runs, and the statistics that say what they can show.
+
+Every variant is trained plain (fewer parameters than MHA) and matched (the FFN widened to MHA's count), with several
+seeds. Arms of one seed share data order, so differences to MHA are taken seed by seed. A verdict is given only where the
+95 % interval excludes zero; else "not resolvable at this scale", beside the smallest effect that would have been.
+"""
+
+import math
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnlab import host
+from attnlab.errors import InputError
+from attnlab.results import Run, row_key
+from attnlab.shapes import ModelShape, variant_name
+from attnlab.train.corpus import Corpus, standard_library
+from attnlab.train.loop import train
+from attnlab.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pandas
+
+# 0.5 M parameters, heads small enough that eight of them fit: what two CPU cores can repeat 21 times in an hour.
+FIRST_CUT = ModelShape(3, 128, 8, 8, 16, 256, 256, tied_embeddings=True, max_context=256, name="byte-0.5m")
+QUICK = ModelShape(2, 32, 4, 4, 8, 64, 256, tied_embeddings=True, max_context=64, name="byte-quick")
+Report = Callable[[str, int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep: its recipe, the arm it belongs to, the experiment it serves."""
+
+    experiment: str
+    arm: str
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe.shape.variant} {self.arm} seed {self.recipe.seed}"
+
+    def configuration(self, corpus: Corpus) -> dict[str, Any]:
+        """What the row's key hashes: everything that decides the run's numbers."""
+        return {"experiment": self.experiment, "arm": self.arm, "corpus": corpus.digest, **asdict(self.recipe)}
+
+
+def plan(shape: ModelShape = FIRST_CUT, *, seeds: int = 3, tokens: int = 2_000_000, experiment: str = "first-cut", **recipe: Any) -> list[Planned]:
+    """Every G that divides H × plain and matched × seeds, whole seeds first, so that a partial sweep is still paired."""
+    groups = [g for g in range(shape.n_heads, 0, -1) if shape.n_heads % g == 0]
+    runs = []
+    for seed in range(seeds):
+        for g in groups:
+            for arm in ("plain",) if g == shape.n_heads else ("plain", "matched"):
+                grouped = shape.with_kv_heads(g, match_params=arm == "matched")
+                runs.append(Planned(experiment, arm, Recipe(grouped, seed, tokens, **recipe)))
+    return runs
+
+
+def quick_plan() -> list[Planned]:
+    """The machinery in a minute: a toy model, a toy budget, the same code."""
+    return plan(QUICK, tokens=65_536, experiment="quick", context=64)
+
+
+def run_sweep(folder: Path, runs: Iterable[Planned], corpus: Corpus | None = None, report: Report | None = None) -> list[dict[str, Any]]:
+    """Train what ``folder`` does not hold yet, one one-thread process per core, appending a row as each run ends.
+
+    ``report(label, step, steps, loss)`` is called about once a second per run. A killed sweep goes on from its rows and
+    checkpoints to the same numbers. Raises ``InputError`` if another process writes to ``folder``.
+    """
+    corpus = corpus or standard_library()
+    facts = host.describe("cpu") | {"threads": 1}
+    context = multiprocessing.get_context("spawn")
+    progress: Any = context.Queue()
+    with Run(folder) as rows, host.training():
+        todo = [planned for planned in runs if row_key(planned.configuration(corpus)) not in rows]
+        pool = ProcessPoolExecutor(facts["cores"], mp_context=context, initializer=_start_worker, initargs=(corpus, progress))
+        try:
+            pending: dict[Future[dict[str, Any]], Planned] = {}
+            for planned in todo:
+                key = row_key(planned.configuration(corpus))
+                pending[pool.submit(_work, planned, folder / "checkpoints" / f"{key}.pt")] = planned
+            while pending:
+                done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    planned = pending.pop(future)
+                    configuration = planned.configuration(corpus)
+                    key = row_key(configuration)
+                    shape = planned.recipe.shape
+                    more = {"kind": "quality", "n_params": shape.n_params, "tokens": planned.recipe.tokens}
+                    rows.append(key, facts | configuration | more | future.result())
+                    (folder / "checkpoints" / f"{key}.pt").unlink(missing_ok=True)
+                _drain(progress, report)
+        finally:
+            for process in list((pool._processes or {}).values()):  # else Ctrl-C waits for minutes of training
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+        return rows.rows
+
+
+def _drain(progress: Any, report: Report | None) -> None:
+    latest: dict[str, tuple[int, int, float]] = {}
+    while True:
+        try:
+            label, *state = progress.get_nowait()
+        except queue.Empty:
+            break
+        latest[label] = tuple(state)
+    for label, (step, steps, loss) in latest.items():
+        if report:
+            report(label, step, steps, loss)
+
+
+_corpus: Corpus
+_progress: Any
+
+
+def _start_worker(corpus: Corpus, progress: Any) -> None:
+    global _corpus, _progress
+    _corpus, _progress = corpus, progress
+    torch.set_num_threads(1)  # two one-thread runs side by side beat one run of two threads
+
+
+def _work(planned: Planned, checkpoint: Path) -> dict[str, Any]:
+    def on_step(step: int, loss: float) -> None:
+        if step % 10 == 0:
+            _progress.put((planned.label, step, planned.recipe.steps, loss))
+
+    return train(planned.recipe, _corpus, checkpoint, on_step)
+
+
+# --- statistics, from rows alone ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Bits per byte of one arm minus MHA's, paired by seed."""
+
+    n_kv_heads: int
+    variant: str
+    arm: str
+    seeds: int
+    mean: float
+    half_width: float
+    smallest: float
+    verdict: str
+
+
+def effects(rows: "pandas.DataFrame") -> list[Effect]:
+    """One ``Effect`` per (G, arm) of finished quality rows of one experiment, G descending.
+
+    ``half_width``: of the 95 % interval, Student's t over the paired differences. ``smallest``: the true difference these
+    seeds would have shown with 80 % probability, (t(0.975) + t(0.8)) · sd / √n. Raises ``InputError`` without MHA rows,
+    on several experiments or corpora at once, or with fewer than two pairs.
+    """
+    rows = rows[rows["status"] == "ok"]
+    for column in ("experiment", "corpus", "machine"):
+        if rows[column].nunique() != 1:
+            raise InputError(f"quality rows of one {column} are needed, got {sorted(rows[column].unique())}")
+    heads = int(rows["shape.n_heads"].iloc[0])
+    loss = rows.pivot_table(index="seed", columns=["shape.n_kv_heads", "arm"], values="bits_per_byte")
+    if (heads, "plain") not in loss:
+        raise InputError("no finished MHA run to compare with; let the sweep go on")
+    found = []
+    for g, arm in sorted(loss.columns, key=lambda column: (-column[0], column[1] == "matched")):
+        if g == heads:
+            continue
+        difference = (loss[g, arm] - loss[heads, "plain"]).dropna()
+        n = len(difference)
+        if n < 2:
+            raise InputError(f"{variant_name(heads, g)} {arm} has {n} seeds paired with MHA, at least 2 are needed")
+        mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
+        half = student_t(0.975, n - 1) * error
+        verdict = "not resolvable at this scale" if abs(mean) <= half else "worse" if mean > 0 else "better"
+        smallest = (student_t(0.975, n - 1) + student_t(0.8, n - 1)) * error
+        found.append(Effect(int(g), variant_name(heads, int(g)), str(arm), n, mean, half, smallest, verdict))
+    return found
+
+
+def student_t(probability: float, freedom: int) -> float:
+    """Quantile of Student's t distribution, by bisection on its integrated density (Simpson's rule)."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+
+    def below(t: float, panels: int = 2000) -> float:
+        width = t / panels
+        density = [scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(panels + 1)]
+        return 0.5 + width / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2]))
+
+    low, high = 0.0, 1000.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < probability else (low, middle)
+    return high
