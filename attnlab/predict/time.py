@@ -1,0 +1,97 @@
+"""How long it should take: bytes over bandwidth, flops over rate, plus what a call costs before it starts.
+
+A roofline (Williams et al. 2009): the slower of moving and multiplying binds; the fixed cost is added. Decode attention
+does 4·B·H·S·D flop on 2·B·G·S·D elements, R flop per byte in 16 bit, whatever B and S, so it is bound by reading.
+
+    B batch   T query tokens   S context   H query heads   G KV heads   D head_dim   R = H / G
+"""
+
+from dataclasses import dataclass
+
+from attnlab.errors import check_choice, check_size
+from attnlab.predict.machine import Machine
+from attnlab.predict.memory import weight_read_bytes
+from attnlab.shapes import ModelShape, element_bytes
+
+# Attention plus the seven projections of a LLaMA layer, each taken to cost one call; norms and rotations are small.
+CALLS_PER_LAYER = 8
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds, and where they come from: ``terms`` in seconds, ``binding`` the largest of them by name."""
+
+    seconds: float
+    terms: dict[str, float]
+    binding: str
+    bytes: int
+    flops: int
+
+
+def attention_bytes(shape: ModelShape, batch: int, queries: int, context: int, dtype: object, impl: str = "grouped") -> int:
+    """Bytes that one layer's attention moves: q and output, K and V once at G heads. ``expanded`` with G < H also writes
+    K and V at H heads and reads them back. For any other implementation this is the least it can move."""
+    element = element_bytes(dtype)
+    own = 2 * batch * shape.n_heads * queries * shape.head_dim
+    kv = 2 * batch * context * shape.head_dim
+    copies = 2 * shape.n_heads if impl == "expanded" and shape.n_kv_heads < shape.n_heads else 0
+    return element * (own + kv * (shape.n_kv_heads + copies))
+
+
+def attention_flops(shape: ModelShape, batch: int, queries: int, context: int) -> int:
+    """Flops of one layer's causal attention, bottom-right aligned: 4·D for each (query, key it may see), per head."""
+    pairs = queries * context - queries * (queries - 1) // 2
+    return 4 * batch * shape.n_heads * shape.head_dim * pairs
+
+
+def predict_decode(
+    shape: ModelShape,
+    machine: Machine,
+    batch: int,
+    context: int,
+    dtype: object = "bfloat16",
+    scope: str = "layer",
+    impl: str = "grouped",
+) -> Prediction:
+    """One decode step at a fixed context: attention of one layer (``scope`` "layer"), or the whole model ("model").
+
+    Raises ``InputError`` on sizes below 1, an unknown dtype or scope, or a dtype the machine has no rate for.
+    """
+    return _predict(shape, machine, batch, 1, context, dtype, scope, impl)
+
+
+def predict_prefill(
+    shape: ModelShape,
+    machine: Machine,
+    batch: int,
+    context: int,
+    dtype: object = "bfloat16",
+    scope: str = "layer",
+    impl: str = "grouped",
+) -> Prediction:
+    """Prefill of ``context`` tokens with an empty cache; arguments and errors as ``predict_decode``."""
+    return _predict(shape, machine, batch, context, context, dtype, scope, impl)
+
+
+def _predict(
+    shape: ModelShape, machine: Machine, batch: int, queries: int, context: int, dtype: object, scope: str, impl: str
+) -> Prediction:
+    check_size("batch", batch)
+    check_size("context", context)
+    check_choice("scope", scope, ("layer", "model"))
+    moved = attention_bytes(shape, batch, queries, context, dtype, impl)
+    flops = attention_flops(shape, batch, queries, context)
+    calls = 1
+    if scope == "model":
+        moved = moved * shape.n_layers + weight_read_bytes(shape, batch * queries, dtype)
+        multiplied = shape.n_params - (0 if shape.tied_embeddings else shape.embedding_params)
+        head = shape.embedding_params  # only the last position of a prefill is headed
+        flops = flops * shape.n_layers + 2 * batch * (queries * (multiplied - head) + head)
+        calls = CALLS_PER_LAYER * shape.n_layers
+    terms = {
+        "bandwidth": moved / machine.read_bandwidth,
+        "compute": flops / machine.compute_roof(dtype),
+        "fixed": calls * machine.call_seconds,
+    }
+    seconds = max(terms["bandwidth"], terms["compute"]) + terms["fixed"]
+    return Prediction(seconds, terms, max(terms, key=lambda name: terms[name]), moved, flops)
