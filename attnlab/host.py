@@ -26,8 +26,10 @@ LOAD_WINDOW_SECONDS = 0.1
 
 
 def resolve_device(device: str = "auto") -> str:
-    """"cpu" or "cuda"; "auto" takes CUDA where there is one. Raises ``InputError`` on CUDA asked for and absent, and on
-    any other device."""
+    """Return "cpu" or "cuda"; "auto" takes CUDA where there is one.
+
+    Raises ``InputError`` on CUDA asked for and absent, and on any other device.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -115,12 +117,15 @@ def timing() -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError("a training or another timing is running on this machine; wait for it to end, or stop it") from None
+            raise InputError(
+                "a training or another timing is running on this machine; wait for it to end, or stop it"
+            ) from None
         yield
 
 
 class Load:
-    """Cores kept busy by *other* processes between two moments: ``Load()`` starts, ``.cores()`` reads (None on macOS)."""
+    """Cores kept busy by *other* processes between two moments: ``Load()`` starts, ``.cores()`` reads (None on
+    macOS)."""
 
     def __init__(self) -> None:
         self._start = _busy_seconds()
@@ -145,7 +150,9 @@ def wait_for_quiet(seconds: float = 10.0) -> str:
             return ""
         if time.monotonic() > until:
             after = _process_seconds()
-            busiest = max(after, key=lambda process: after[process] - before.get(process, after[process]), default=("?", 0))
+            busiest = max(
+                after, key=lambda process: after[process] - before.get(process, after[process]), default=("?", 0)
+            )
             return f"{cores:.1f} cores kept busy by others, most by {busiest[0]} ({busiest[1]})"
 
 

@@ -67,7 +67,9 @@ class Run:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._file)
-            raise InputError(f"{self.folder} is being written by another process; wait for it, or give another folder") from None
+            raise InputError(
+                f"{self.folder} is being written by another process; wait for it, or give another folder"
+            ) from None
         self._repair()
         self.rows = _read_rows(self.folder / ROWS)
         self._by_key = {row["key"]: row for row in self.rows}
@@ -87,7 +89,8 @@ class Run:
     def append(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """Add one row under ``key`` and return it as stored, with schema, run, commit and time filled in.
 
-        On disk entirely or not at all. Raises ``ValueError`` for a key already there, ``InputError`` when the disk is full.
+        On disk entirely or not at all. Raises ``ValueError`` for a key already there, ``InputError`` when the disk is
+        full.
         """
         if key in self._by_key:
             raise ValueError(f"key {key} is already in {self.folder}")
@@ -102,7 +105,8 @@ class Run:
         except OSError as error:
             os.ftruncate(self._file, end)
             raise InputError(
-                f"cannot write to {self.folder / ROWS}: {error.strerror}; the {len(self.rows)} rows before are safe, rerun to go on"
+                f"cannot write to {self.folder / ROWS}: {error.strerror}; "
+                f"the {len(self.rows)} rows before are safe, rerun to go on"
             ) from None
         self.rows.append(full)
         self._by_key[key] = full
@@ -113,7 +117,8 @@ class Run:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.ftruncate(self._file, whole)
-            self.repaired = f"cut off a torn last line of {len(content) - whole} bytes in {self.folder / ROWS}; its point is done again"
+            torn = len(content) - whole
+            self.repaired = f"cut off a torn last line of {torn} bytes in {self.folder / ROWS}; its point is done again"
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +133,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             schema, key = row["schema"], row["key"]
         except (ValueError, TypeError, KeyError):
-            raise InputError(f"{path}, line {number}: not a row of attnlab (a JSON object with schema, run and key)") from None
+            raise InputError(
+                f"{path}, line {number}: not a row of attnlab (a JSON object with schema, run and key)"
+            ) from None
         if schema != SCHEMA:
             raise InputError(f"{path}, line {number}: schema {schema!r}, this version reads schema {SCHEMA}")
         if key in seen:
@@ -157,6 +164,14 @@ def newest(rows: "pandas.DataFrame", kind: str, machine: str) -> "pandas.DataFra
     """The ``kind`` rows of the newest run of ``machine`` that has any; empty if none has."""
     chosen = rows[(rows["kind"] == kind) & (rows["machine"] == machine)]
     return chosen[chosen["run"] == chosen["run"].max()]
+
+
+def headline() -> str:
+    """The published machine that README and post show, from ``bench/results/headline.txt``."""
+    try:
+        return (PUBLISHED / "headline.txt").read_text(encoding="utf-8").strip()
+    except OSError:
+        raise InputError(f"no headline machine is published: {PUBLISHED / 'headline.txt'} is absent") from None
 
 
 def run_folder(root: Path, machine: str, *, fresh: bool = False, suffix: str = "") -> Path:

@@ -97,7 +97,7 @@ class ModelShape:
 
     @property
     def variant(self) -> str:
-        """ "MHA", "GQA-G" or "MQA"."""
+        """Its label: "MHA", "GQA-G" or "MQA"."""
         return variant_name(self.n_heads, self.n_kv_heads)
 
     @property
@@ -330,8 +330,8 @@ def _llama(
     return ModelShape(layers, dim, heads, kv_heads, head_dim, ffn, vocab, max_context=context, name=name, **more)
 
 
-_LLAMA31_ROPE = RopeScaling("llama3", factor=8.0)
-_LLAMA32_ROPE = RopeScaling("llama3", factor=32.0)
+_LLAMA31: dict[str, Any] = {"rope_theta": 500000.0, "rope_scaling": RopeScaling("llama3", factor=8.0)}
+_LLAMA32: dict[str, Any] = {"rope_theta": 500000.0, "rope_scaling": RopeScaling("llama3", factor=32.0)}
 _PUBLISHED = {
     shape.name: shape
     for shape in (
@@ -345,33 +345,8 @@ _PUBLISHED = {
         _llama("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000, 4096),
         _llama("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256, 8192, rope_theta=500000.0),
         _llama("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256, 8192, rope_theta=500000.0),
-        _llama(
-            "llama-3.1-405b",
-            126,
-            16384,
-            128,
-            8,
-            128,
-            53248,
-            128256,
-            131072,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA31_ROPE,
-        ),
-        _llama(
-            "llama-3.2-1b",
-            16,
-            2048,
-            32,
-            8,
-            64,
-            8192,
-            128256,
-            131072,
-            tied_embeddings=True,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA32_ROPE,
-        ),
+        _llama("llama-3.1-405b", 126, 16384, 128, 8, 128, 53248, 128256, 131072, **_LLAMA31),
+        _llama("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, 131072, tied_embeddings=True, **_LLAMA32),
         _llama("mistral-7b-v0.1", 32, 4096, 32, 8, 128, 14336, 32000, 32768),
         _llama("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, 8192, tied_embeddings=True, rope_theta=100000.0),
         _llama("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, 8192, tied_embeddings=True, rope_theta=130000.0),

@@ -15,6 +15,7 @@ run raises.
     B batch   T query tokens   S key/value tokens   H query heads   G KV heads   R = H / G   D head_dim
 """
 
+import math
 from types import ModuleType
 
 from torch import Tensor
@@ -37,7 +38,9 @@ def implementations() -> list[str]:
     return list(_IMPLEMENTATIONS)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, impl: str = "auto", scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, impl: str = "auto", scale: float | None = None
+) -> Tensor:
     """Grouped-query attention (arXiv 2305.13245): query head h reads KV head h // R.
 
     Args:
@@ -45,9 +48,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, impl: str =
         k, v: [B, G, S, D], G dividing H, dtype and device as q.
         causal: bottom-right aligned: query i sees keys <= S - T + i, so the last query sees them all.
         impl: "auto" or one of ``implementations()``.
-        scale: factor on the scores; D ** -0.5 if None.
+        scale: factor on the scores, above 0; D ** -0.5 if None.
     Returns: [B, H, T, D].
-    Raises: InputError on shapes that do not fit, causal with T > S, an unknown ``impl``, or one that cannot run here.
+    Raises: InputError on shapes that do not fit, causal with T > S, a scale of 0 or less, an unknown ``impl``,
+            or one that cannot run here.
     """
     _check(q, k, v, causal)
     return _IMPLEMENTATIONS[_resolved(impl, q, k, v, causal)].attend(q, k, v, causal=causal, scale=_scale(q, scale))
@@ -65,8 +69,8 @@ def supports(impl: str, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -
 
 
 def backend(impl: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> str:
-    """What ran below: the torch backend ("flash", "cudnn", "efficient", "math"), "triton", or "torch" for plain operators.
-    Shapes and errors as in ``attend``."""
+    """What ran below: the torch backend ("flash", "cudnn", "efficient", "math"), "triton", or "torch" for plain
+    operators. Shapes and errors as in ``attend``."""
     _check(q, k, v, causal)
     own = getattr(_IMPLEMENTATIONS[_resolved(impl, q, k, v, causal)], "backend", None)
     return own(q, k, v, causal=causal, scale=_scale(q, scale)) if own else "torch"
@@ -82,16 +86,26 @@ def _resolved(impl: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if (
+        not 0 < scale < math.inf
+    ):  # torch's CPU kernel multiplies the mask's -inf by the scale: NaN from 0, garbage below
+        raise InputError(f"scale must be a number above 0, got {scale!r}")
+    return scale
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise InputError(f"expected q [B, H, T, D] and k, v [B, G, S, D], got {q.ndim}, {k.ndim} and {v.ndim} dimensions")
+        raise InputError(
+            f"expected q [B, H, T, D] and k, v [B, G, S, D], got {q.ndim}, {k.ndim} and {v.ndim} dimensions"
+        )
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
-        raise InputError(f"k and v must both be [{B}, G, S, {D}] for q {list(q.shape)}, got k {list(k.shape)}, v {list(v.shape)}")
+        raise InputError(
+            f"k and v must both be [{B}, G, S, {D}] for q {list(q.shape)}, got k {list(k.shape)}, v {list(v.shape)}"
+        )
     if 0 in q.shape or 0 in k.shape:
         raise InputError(f"every size must be at least 1, got q {list(q.shape)}, k {list(k.shape)}")
     if H % G:

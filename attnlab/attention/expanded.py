@@ -24,4 +24,5 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if G == H:
         return k, v
     # The quicker of the two usual spellings (Hugging Face's repeat_kv); repeat_interleave gives the same heads.
-    return tuple(x[:, :, None].expand(B, G, H // G, S, D).reshape(B, H, S, D) for x in (k, v))  # type: ignore[return-value]
+    k, v = (x[:, :, None].expand(B, G, H // G, S, D).reshape(B, H, S, D) for x in (k, v))
+    return k, v

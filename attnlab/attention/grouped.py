@@ -28,4 +28,5 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tens
     if not causal or T == 1:
         return q.reshape(B, G, H // G * T, D), k, v
     q = q.reshape(B * G, H // G, T, D)
-    return q, *(x.reshape(B * G, 1, S, D).expand(B * G, H // G, S, D) for x in (k, v))
+    k, v = (x.reshape(B * G, 1, S, D).expand(B * G, H // G, S, D) for x in (k, v))
+    return q, k, v

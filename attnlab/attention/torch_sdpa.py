@@ -1,7 +1,8 @@
-"""Not an implementation but what three of them call: torch's scaled_dot_product_attention with the one mask rule of this library, and the question which backend it takes.
+"""Not an implementation but what three of them call: torch's scaled_dot_product_attention, with the one mask rule of
+this library, and the question which backend it takes.
 
-SDPA's own ``is_causal`` is aligned top-left: right only for T = S. With a past (T < S) it hides keys the query must see,
-so a bottom-right mask is passed instead; a single query (T = 1) sees every key and needs no mask at all.
+SDPA's own ``is_causal`` is aligned top-left: right only for T = S. With a past (T < S) it hides keys the query must
+see, so a bottom-right mask is passed instead; a single query (T = 1) sees every key and needs no mask at all.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Te
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> str:
-    """Name of the backend torch chooses for exactly this call ("flash", "cudnn", "efficient", "math"), by asking torch."""
+    """The backend torch chooses for exactly this call ("flash", "cudnn", "efficient", "math"), by asking torch."""
     choice = torch._fused_sdp_choice(q, k, v, **_arguments(q, k, causal, scale))
     return SDPBackend(choice).name.partition("_")[0].lower()
 

@@ -1,6 +1,6 @@
 """The KV cache: two preallocated tensors with exactly G heads, and one length.
 
-    B batch   T new tokens   S tokens held   G KV heads   D head_dim   L layers
+B batch   T new tokens   S tokens held   G KV heads   D head_dim   L layers
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Models in and out of Hugging Face directories: ``config.json`` and safetensors, one file or several shards.
 
-A checkpoint is untrusted input. No pickle is ever opened; the names, shapes and dtypes in every header are compared with
-what the configuration asks for before a byte of weights is read; every difference is named in one error. Saving writes a
-sibling directory and renames it, so a save that fails leaves what was there.
+A checkpoint is untrusted input. No pickle is ever opened; the names, shapes and dtypes in every header are compared
+with what the configuration asks for before a byte of weights is read; every difference is named in one error. Saving
+writes a sibling directory and renames it, so a save that fails leaves what was there.
 """
 
 import json
@@ -29,15 +29,16 @@ FAMILIES = ("llama", "mistral")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_VALID_DTYPES = ", ".join(map(dtype_name, _DTYPES.values()))
 
 
 def load_hf(directory: str | Path, dtype: object = None, device: torch.device | str = "cpu") -> Llama:
-    """The Llama in a Hugging Face directory, its weights on ``device`` in ``dtype`` (a string or a ``torch.dtype``; None:
-    the checkpoint's own). Rotary frequencies stay float32.
+    """The Llama in a Hugging Face directory, its weights on ``device`` in ``dtype`` (a string or a ``torch.dtype``;
+    None: the checkpoint's own). Rotary frequencies stay float32.
 
     Runs ``llama`` (SmolLM is one) and ``mistral`` whose sliding window is absent or at least the context.
-    Raises: InputError on any other model type, quantised weights, a directory of pickles, an index that points elsewhere, a
-        damaged file, and missing, unexpected or mis-shaped tensors, by name.
+    Raises: InputError on any other model type, quantised weights, a directory of pickles, an index that points
+        elsewhere, a damaged file, and missing, unexpected or mis-shaped tensors, by name.
     """
     directory, device = Path(directory), _device(device)
     if not directory.is_dir():
@@ -48,9 +49,9 @@ def load_hf(directory: str | Path, dtype: object = None, device: torch.device | 
         files = _open(directory, stack)
         stored = {name: file.get_slice(name) for name, file in files.items()}
         _compare(shape, stored, directory)
-        if shape.tied_embeddings and _HEAD in files:
-            if not torch.equal(files.pop(_HEAD).get_tensor(_HEAD), files[_EMBEDDING].get_tensor(_EMBEDDING)):
-                raise InputError(f"{directory}: config.json ties the head to the embeddings, but {_HEAD} differs from {_EMBEDDING}")
+        head = files.pop(_HEAD, None) if shape.tied_embeddings else None
+        if head is not None and not torch.equal(head.get_tensor(_HEAD), files[_EMBEDDING].get_tensor(_EMBEDDING)):
+            raise InputError(f"{directory}: config.json ties {_HEAD} to {_EMBEDDING}, but the two differ")
         wanted = _torch_dtype(dtype or config.get("dtype") or config.get("torch_dtype"), stored[_EMBEDDING].get_dtype())
         # copy=True: a tensor as safetensors hands it out is a view of the mapped file, and changes when the file does.
         weights = {_ours(name): file.get_tensor(name).to(device, wanted, copy=True) for name, file in files.items()}
@@ -64,8 +65,8 @@ def save_hf(model: Llama, directory: str | Path, *, max_shard_bytes: int = 5 * 1
     """Write ``model`` as a directory that transformers loads (``LlamaForCausalLM``), in shards of at most
     ``max_shard_bytes`` of weights (a single larger tensor has a shard to itself).
 
-    The directory appears complete or not at all. One that exists is replaced if it is empty or a model directory; files in
-    it that are no weights (a tokenizer, a licence) are kept. transformers also wants ``n_heads`` to divide ``dim``.
+    The directory appears complete or not at all. One that exists is replaced if it is empty or a model directory; files
+    in it that are no weights (a tokenizer, a licence) are kept. transformers also wants ``n_heads`` to divide ``dim``.
     Raises: InputError if the model has q/k/v biases or q/k norms (a llama has none), if ``directory`` holds anything
         else, or if it cannot be written (full disk); what was there before is then unchanged.
     """
@@ -107,7 +108,9 @@ def _runnable_shape(config: Mapping[str, Any]) -> ModelShape:
             f"{config.get('max_position_embeddings')}: every layer here attends to its whole context"
         )
     if config.get("quantization_config"):
-        raise InputError(f"cannot run quantised weights (quantization_config in config.json); valid: {', '.join(_DTYPES)}")
+        raise InputError(
+            f"cannot run quantised weights (config.json has a quantization_config); valid: {_VALID_DTYPES}"
+        )
     return ModelShape.from_hf(config)
 
 
@@ -143,8 +146,8 @@ def _weight_map(directory: Path) -> dict[str, str]:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise InputError(
-                f"{directory} holds its weights as pickles only ({_some(pickles)}), which can run code when opened and are "
-                f"never read here; expected {_SINGLE}, which transformers writes with save_pretrained"
+                f"{directory} holds its weights only as pickles ({_some(pickles)}), which can run code when opened and "
+                f"are never read here; expected {_SINGLE}, as transformers' save_pretrained writes it"
             )
         raise InputError(f"{directory} holds no weights: expected {_SINGLE} or {_INDEX}")
     index = read_hf_config(path).get("weight_map")
@@ -153,7 +156,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     for name in index.values():
         plain = isinstance(name, str) and name.endswith(".safetensors") and name.isprintable()
         if not plain or "/" in name or "\\" in name or ".." in name:
-            raise InputError(f"{path} names the file {name!r}; valid: a plain name of this directory ending in .safetensors")
+            raise InputError(f"{path} names the file {name!r}; valid: a plain name in its directory, *.safetensors")
     return index
 
 
@@ -164,8 +167,8 @@ def _compare(shape: ModelShape, stored: Mapping[str, Any], directory: Path) -> N
     check_bytes("the model that config.json describes", 8 * shape.n_params)
     if shape.n_layers > len(stored) or shape.head_dim > elements:
         raise InputError(
-            f"{directory}: config.json describes {shape.n_layers:,} layers with a head_dim of {shape.head_dim:,}, the files "
-            f"hold {len(stored):,} tensors of {elements:,} elements in all"
+            f"{directory}: config.json describes {shape.n_layers:,} layers with a head_dim of {shape.head_dim:,}, but "
+            f"the files hold {len(stored):,} tensors of {elements:,} elements in all"
         )
     with torch.device("meta"):
         expected = {_theirs(name): list(tensor.shape) for name, tensor in Llama(shape).state_dict().items()}
@@ -181,17 +184,17 @@ def _compare(shape: ModelShape, stored: Mapping[str, Any], directory: Path) -> N
         problems.append(f"mis-shaped {_some(odd, '; ')}")
     kinds = {name: stored[name].get_dtype() for name in found}
     if odd := [f"{name} of {kind}" for name, kind in kinds.items() if kind not in _DTYPES]:
-        problems.append(f"not one of {', '.join(_DTYPES)}: {_some(odd)}")
+        problems.append(f"not of {_VALID_DTYPES}: {_some(odd)}")
     if problems:
         raise InputError(f"{directory} does not hold the tensors of its config.json: " + "; ".join(problems))
 
 
 def _torch_dtype(dtype: object, stored: str) -> torch.dtype:
     name = dtype_name(dtype or _DTYPES[stored])
-    found = getattr(torch, name, None)
-    if found not in _DTYPES.values():
-        raise InputError(f"weights cannot be computed in {name}; valid: {', '.join(map(dtype_name, _DTYPES.values()))}")
-    return found
+    for found in _DTYPES.values():
+        if dtype_name(found) == name:
+            return found
+    raise InputError(f"a model cannot compute in {name}; valid: {_VALID_DTYPES}")
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -200,7 +203,7 @@ def _device(device: torch.device | str) -> torch.device:
     except RuntimeError:
         raise InputError(f"unknown device {device!r}; valid: {', '.join(DEVICES)}") from None
     if found.type not in DEVICES or (found.type == "cuda" and not torch.cuda.is_available()):
-        raise InputError(f"device {str(found)!r} is not available here; valid: {', '.join(DEVICES)} where the machine has it")
+        raise InputError(f"device {str(found)!r} is not available here; valid: cpu, and cuda where there is one")
     return found
 
 
@@ -232,7 +235,7 @@ def _replaceable(target: Path) -> list[Path]:
     if files and "model_type" not in (read_hf_config(target) if (target / "config.json").is_file() else {}):
         raise InputError(f"{target} is not empty and not a model directory; give a new, an empty or a model directory")
     if folders := sorted(path.name for path in files if path.is_dir()):
-        raise InputError(f"{target} holds folders ({_some(folders)}), which replacing it would delete; give another directory")
+        raise InputError(f"replacing {target} would delete its folders ({_some(folders)}); give another directory")
     return [path for path in files if path.suffix != ".safetensors" and path.name not in (_INDEX, "config.json")]
 
 
@@ -248,7 +251,7 @@ def _write(model: Llama, directory: Path, max_shard_bytes: int) -> None:
             size = 0
         shards[-1].append(name)
         size += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: _plain(tensors[name]) for name in names}, directory / file, metadata={"format": "pt"})
@@ -314,7 +317,7 @@ def _fsync(path: Path) -> None:
 
 
 def _swap(partial: Path, target: Path) -> Path | None:
-    """Put the complete ``partial`` in the place of ``target``; return where the former content is now, if there was any."""
+    """Put the complete ``partial`` in ``target``'s place; return where the former content is now, if there was any."""
     if not target.exists():
         os.rename(partial, target)
         return None

@@ -1,8 +1,8 @@
 """From many key/value heads to fewer: the checkpoint conversion of GQA (arXiv 2305.13245, section 2.1).
 
 The G heads are cut into contiguous groups, as query heads read them, and each group's K and V projections become one.
-Q and O stay. On decoders with rotary positions pooling alone loses most of the quality (KV heads are near orthogonal, so
-their mean is short and attention goes flat): train a little afterwards.
+Q and O stay. On decoders with rotary positions pooling alone loses most of the quality (KV heads are near orthogonal,
+so their mean is short and attention goes flat): train a little afterwards.
 
     G KV heads before   D head_dim
 """
@@ -22,8 +22,8 @@ def to_grouped(model: Llama, n_kv_heads: int, method: str = "mean", seed: int = 
 
     Args:
         n_kv_heads: must divide the present number.
-        method: "mean" pools each group's K and V projection matrices (biases too), "first" keeps the group's first head,
-            "random" draws K and V anew from the initial distribution (the paper's baselines).
+        method: "mean" pools each group's K and V projection matrices (biases too), "first" keeps the group's first
+            head, "random" draws K and V anew from the initial distribution (the paper's baselines).
         seed: of "random".
     Raises: InputError on a number that does not divide, or an unknown method.
     """
@@ -49,10 +49,9 @@ def _fewer(tensor: Tensor, n_kv_heads: int, present: int, method: str, generator
     """A projection [G · D, dim] or its bias [G · D] -> the same with ``n_kv_heads`` for G."""
     groups = tensor.unflatten(0, (n_kv_heads, present // n_kv_heads, -1))
     if method == "mean":
-        # Summed in float32 at least: in bfloat16 each addition would round.
-        return groups.mean(1, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype).flatten(0, 1)
+        return groups.mean(1).flatten(0, 1)  # torch sums 16-bit numbers in float32
+    first = groups[:, 0].flatten(0, 1).clone()
     if method == "first":
-        return groups[:, 0].flatten(0, 1).clone()
-    size = groups[:, 0].flatten(0, 1).shape
+        return first
     deviation = 0.0 if tensor.ndim == 1 else _INITIAL_DEVIATION
-    return (torch.randn(size, generator=generator) * deviation).to(tensor)
+    return (torch.randn(first.shape, generator=generator) * deviation).to(first)

@@ -39,8 +39,8 @@ def generate(
         seed: the same seed draws the same tokens on the same device; None draws from torch's global generator.
         eos: a row is finished once it has generated this token, and is padded with it from then on.
         on_token: called with every step's tokens [B] as soon as they are known.
-    Raises: InputError on an empty prompt, a token outside the vocabulary, T + max_new_tokens beyond the model's context,
-        or an option out of its range.
+    Raises: InputError on an empty prompt, a token outside the vocabulary, T + max_new_tokens beyond the model's
+        context, or an option out of its range.
     """
     _check(model.shape, tokens, max_new_tokens, temperature, top_k, top_p, seed, eos)
     device = model.embed_tokens.weight.device

@@ -34,8 +34,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(shape: ModelShape, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per token of each of the D/2 pairs (arXiv 2104.09864), always float32: rounded to bfloat16 they drift with
-    position. Llama-3 scaling as in arXiv 2407.21783. Raises ``InputError`` on a scaling that is not computed here."""
+    """Radians per token of each of the D/2 pairs (arXiv 2104.09864), always float32: rounded to bfloat16 they drift
+    with position. Llama-3 scaling as in arXiv 2407.21783. Raises ``InputError`` on a scaling that is not computed here.
+    """
     if shape.head_dim % 2:
         raise InputError(f"rotary positions need an even head_dim, got {shape.head_dim}")
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64, device=device).float() / shape.head_dim

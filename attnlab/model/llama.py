@@ -1,6 +1,6 @@
 """LLaMA with G key/value heads (arXiv 2302.13971, 2307.09288): embeddings, blocks, a norm, a head.
 
-    B batch   T new tokens   S tokens attended over
+B batch   T new tokens   S tokens attended over
 """
 
 import torch
@@ -50,7 +50,7 @@ class Llama(nn.Module):
         return self.logits(self.hidden(tokens, cache))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T] -> last hidden states [B, T, dim], before the head; ``generate`` heads only the last of them."""
+        """tokens [B, T] -> last hidden states [B, T, dim], before the head; ``generate`` heads only the last."""
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise InputError(f"expected tokens [B, T] of integers, got {list(tokens.shape)} of {tokens.dtype}")
         x = self.embed_tokens(tokens)

@@ -17,8 +17,8 @@ from attnlab.shapes import dtype_name
 @dataclass(frozen=True)
 class Machine:
     """Roofs of one device. Bandwidths in bytes/s (a copy counts what it reads and what it writes), ``matmul_rate`` in
-    flop/s per dtype, ``call_seconds`` the fixed cost of one attention call, ``spread`` each figure's interquartile range
-    over its median where it was measured."""
+    flop/s per dtype, ``call_seconds`` the fixed cost of one attention call, ``spread`` each figure's interquartile
+    range over its median where it was measured."""
 
     name: str
     device: str
@@ -39,12 +39,14 @@ class Machine:
             raise InputError(f"a machine needs at least one matmul_rate above 0, got {dict(self.matmul_rate)}")
 
     def compute_roof(self, dtype: object) -> float:
-        """Fastest arithmetic on inputs of ``dtype``, flop/s. On a CPU a 16-bit kernel may convert to float32 and multiply
-        there, so its roof is the faster of the two; raises ``InputError`` where no rate is known."""
+        """Fastest arithmetic on inputs of ``dtype``, flop/s. On a CPU a 16-bit kernel may convert to float32 and
+        multiply there, so its roof is the faster of the two; raises ``InputError`` where no rate is known."""
         names = {dtype_name(dtype)} | ({"float32"} if self.device == "cpu" else set())
         rates = [self.matmul_rate[name] for name in names if name in self.matmul_rate]
         if not rates:
-            raise InputError(f"{self.name} has no matmul rate for {dtype_name(dtype)}; known: {', '.join(self.matmul_rate)}")
+            raise InputError(
+                f"{self.name} has no matmul rate for {dtype_name(dtype)}; known: {', '.join(self.matmul_rate)}"
+            )
         return max(rates)
 
     @staticmethod
@@ -62,7 +64,9 @@ class Machine:
         except (OSError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} is not a machine file ({error}); make one with: attnlab machine --out FILE") from None
+            raise InputError(
+                f"{path} is not a machine file ({error}); make one with: attnlab machine --out FILE"
+            ) from None
 
     def save(self, path: Path | str) -> None:
         """Write as JSON, entirely or not at all; raises ``InputError`` where that is not possible."""

@@ -28,9 +28,11 @@ class Prediction:
     flops: int
 
 
-def attention_bytes(shape: ModelShape, batch: int, queries: int, context: int, dtype: object, impl: str = "grouped") -> int:
-    """Bytes that one layer's attention moves: q and output, K and V once at G heads. ``expanded`` with G < H also writes
-    K and V at H heads and reads them back. For any other implementation this is the least it can move."""
+def attention_bytes(
+    shape: ModelShape, batch: int, queries: int, context: int, dtype: object, impl: str = "grouped"
+) -> int:
+    """Bytes that one layer's attention moves: q and output, K and V once at G heads. ``expanded`` with G < H also
+    writes K and V at H heads and reads them back. For any other implementation this is the least it can move."""
     element = element_bytes(dtype)
     own = 2 * batch * shape.n_heads * queries * shape.head_dim
     kv = 2 * batch * context * shape.head_dim

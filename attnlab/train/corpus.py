@@ -35,8 +35,8 @@ class Corpus:
     def batch(self, seed: int, step: int, batch: int, context: int) -> Tensor:
         """``batch`` random windows of ``context`` + 1 bytes, [batch, context + 1] int64.
 
-        A function of (seed, step) alone: arms of one seed see the same data in the same order, and a resumed run goes on
-        exactly where it stopped.
+        A function of (seed, step) alone: arms of one seed see the same data in the same order, and a resumed run goes
+        on exactly where it stopped.
         """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(self.train) - context, (batch, 1), generator=generator)

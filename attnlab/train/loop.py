@@ -1,4 +1,4 @@
-"""Train one model, deterministically, killed and resumed at will; and read its loss in bits per byte."""
+"""Train one model, deterministically, killed and resumed at will."""
 
 import math
 import os
@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from attnlab.errors import InputError
 from attnlab.model.llama import Llama
 from attnlab.train.corpus import Corpus
+from attnlab.train.evaluate import bits_per_byte
 from attnlab.train.recipe import Recipe
 
 CURVE_POINTS = 10
@@ -67,26 +66,10 @@ def train(
     return {"status": "ok", "bits_per_byte": final, "curve": curve, "seconds": time.monotonic() - began}
 
 
-def bits_per_byte(model: Llama, text: Tensor, context: int, batch: int = 32) -> float:
-    """Mean −log2 p(byte | up to ``context`` bytes before it in its window) of a byte-level model over ``text`` [N] uint8.
-
-    Windows do not overlap; the first byte of each is given, not predicted. Raises ``InputError`` on text shorter than a
-    window.
-    """
-    count = (len(text) - 1) // context
-    if count < 1:
-        raise InputError(f"the text has {len(text)} bytes, expected more than one context of {context}")
-    windows = torch.stack([text[i * context : (i + 1) * context + 1].long() for i in range(count)])
-    total = 0.0
-    with torch.inference_mode():
-        for part in windows.split(batch):
-            logits = model(part[:, :-1])
-            total += F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum").item()
-    return total / (count * context) / math.log(2)
-
-
 def _save(path: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, curve: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}, partial)
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}, partial
+    )
     os.replace(partial, path)

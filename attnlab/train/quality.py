@@ -1,31 +1,25 @@
-"""What sharing heads costs in quality: a declared set of small runs, and the statistics that say what they can show.
+"""What sharing heads costs in quality: a declared set of small runs (``attnlab.effects`` says what they can show).
 
 Every variant is trained plain (fewer parameters than MHA) and matched (the FFN widened to MHA's count), with several
-seeds. Arms of one seed share data order, so differences to MHA are taken seed by seed. A verdict is given only where the
-95 % interval excludes zero; else "not resolvable at this scale", beside the smallest effect that would have been.
+seeds. Arms of one seed share data order, so that differences to MHA can be taken seed by seed.
 """
 
-import math
 import multiprocessing
 import queue
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attnlab import host
-from attnlab.errors import InputError
 from attnlab.results import Run, row_key
-from attnlab.shapes import ModelShape, variant_name
+from attnlab.shapes import ModelShape
 from attnlab.train.corpus import Corpus, standard_library
 from attnlab.train.loop import train
 from attnlab.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    import pandas
 
 # 0.5 M parameters, heads small enough that eight of them fit: what two CPU cores can repeat 21 times in an hour.
 FIRST_CUT = ModelShape(3, 128, 8, 8, 16, 256, 256, tied_embeddings=True, max_context=256, name="byte-0.5m")
@@ -50,8 +44,16 @@ class Planned:
         return {"experiment": self.experiment, "arm": self.arm, "corpus": corpus.digest, **asdict(self.recipe)}
 
 
-def plan(shape: ModelShape = FIRST_CUT, *, seeds: int = 3, tokens: int = 2_000_000, experiment: str = "first-cut", **recipe: Any) -> list[Planned]:
-    """Every G that divides H × plain and matched × seeds, whole seeds first, so that a partial sweep is still paired."""
+def plan(
+    shape: ModelShape = FIRST_CUT,
+    *,
+    seeds: int = 3,
+    tokens: int = 2_000_000,
+    experiment: str = "first-cut",
+    **recipe: Any,
+) -> list[Planned]:
+    """Every G that divides H × plain and matched × seeds, whole seeds first, so that a partial sweep is still
+    paired."""
     groups = [g for g in range(shape.n_heads, 0, -1) if shape.n_heads % g == 0]
     runs = []
     for seed in range(seeds):
@@ -67,7 +69,9 @@ def quick_plan() -> list[Planned]:
     return plan(QUICK, tokens=65_536, experiment="quick", context=64)
 
 
-def run_sweep(folder: Path, runs: Iterable[Planned], corpus: Corpus | None = None, report: Report | None = None) -> list[dict[str, Any]]:
+def run_sweep(
+    folder: Path, runs: Iterable[Planned], corpus: Corpus | None = None, report: Report | None = None
+) -> list[dict[str, Any]]:
     """Train what ``folder`` does not hold yet, one one-thread process per core, appending a row as each run ends.
 
     ``report(label, step, steps, loss)`` is called about once a second per run. A killed sweep goes on from its rows and
@@ -79,7 +83,9 @@ def run_sweep(folder: Path, runs: Iterable[Planned], corpus: Corpus | None = Non
     progress: Any = context.Queue()
     with Run(folder) as rows, host.training():
         todo = [planned for planned in runs if row_key(planned.configuration(corpus)) not in rows]
-        pool = ProcessPoolExecutor(facts["cores"], mp_context=context, initializer=_start_worker, initargs=(corpus, progress))
+        pool = ProcessPoolExecutor(
+            facts["cores"], mp_context=context, initializer=_start_worker, initargs=(corpus, progress)
+        )
         try:
             pending: dict[Future[dict[str, Any]], Planned] = {}
             for planned in todo:
@@ -132,67 +138,3 @@ def _work(planned: Planned, checkpoint: Path) -> dict[str, Any]:
             _progress.put((planned.label, step, planned.recipe.steps, loss))
 
     return train(planned.recipe, _corpus, checkpoint, on_step)
-
-
-# --- statistics, from rows alone ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Effect:
-    """Bits per byte of one arm minus MHA's, paired by seed."""
-
-    n_kv_heads: int
-    variant: str
-    arm: str
-    seeds: int
-    mean: float
-    half_width: float
-    smallest: float
-    verdict: str
-
-
-def effects(rows: "pandas.DataFrame") -> list[Effect]:
-    """One ``Effect`` per (G, arm) of finished quality rows of one experiment, G descending.
-
-    ``half_width``: of the 95 % interval, Student's t over the paired differences. ``smallest``: the true difference these
-    seeds would have shown with 80 % probability, (t(0.975) + t(0.8)) · sd / √n. Raises ``InputError`` without MHA rows,
-    on several experiments or corpora at once, or with fewer than two pairs.
-    """
-    rows = rows[rows["status"] == "ok"]
-    for column in ("experiment", "corpus", "machine"):
-        if rows[column].nunique() != 1:
-            raise InputError(f"quality rows of one {column} are needed, got {sorted(rows[column].unique())}")
-    heads = int(rows["shape.n_heads"].iloc[0])
-    loss = rows.pivot_table(index="seed", columns=["shape.n_kv_heads", "arm"], values="bits_per_byte")
-    if (heads, "plain") not in loss:
-        raise InputError("no finished MHA run to compare with; let the sweep go on")
-    found = []
-    for g, arm in sorted(loss.columns, key=lambda column: (-column[0], column[1] == "matched")):
-        if g == heads:
-            continue
-        difference = (loss[g, arm] - loss[heads, "plain"]).dropna()
-        n = len(difference)
-        if n < 2:
-            raise InputError(f"{variant_name(heads, g)} {arm} has {n} seeds paired with MHA, at least 2 are needed")
-        mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
-        half = student_t(0.975, n - 1) * error
-        verdict = "not resolvable at this scale" if abs(mean) <= half else "worse" if mean > 0 else "better"
-        smallest = (student_t(0.975, n - 1) + student_t(0.8, n - 1)) * error
-        found.append(Effect(int(g), variant_name(heads, int(g)), str(arm), n, mean, half, smallest, verdict))
-    return found
-
-
-def student_t(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution, by bisection on its integrated density (Simpson's rule)."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-
-    def below(t: float, panels: int = 2000) -> float:
-        width = t / panels
-        density = [scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(panels + 1)]
-        return 0.5 + width / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2]))
-
-    low, high = 0.0, 1000.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < probability else (low, middle)
-    return high

@@ -1,0 +1,223 @@
+"""The one timing harness: the benchmarks and the command line both call it.
+
+A point is one attention call at fixed sizes; its arms are implementations. Each arm is checked against the reference
+before it is timed. Arms alternate (A B A B); K and V rotate through copies larger than the last-level cache, so that
+every call reads from memory as a real decode step does; warm-up and prefill stay outside. On CUDA a sample is a
+replayed graph of calls over its count, and the eager time, launches included, is kept beside it.
+
+    B batch   T query tokens   S context   H query heads   G KV heads   D head_dim
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnlab import host
+from attnlab.attention import attend, auto, backend, supports
+from attnlab.measure.clock import event_seconds, interleaved, one_sample, quartiles
+from attnlab.measure.point import Inputs, Point
+from attnlab.measure.roofs import measure_machine, refreshed
+from attnlab.model.llama import Llama
+from attnlab.predict.machine import Machine
+from attnlab.predict.time import attention_bytes, predict_decode
+from attnlab.shapes import ModelShape, element_bytes
+
+__all__ = ["Inputs", "Point", "measure_machine", "measure_point", "measure_steps", "refreshed"]
+
+ROUNDS, SLOW_ROUNDS, SLOW_FACTOR = 20, 5, 10.0
+IMPLAUSIBLE = 1.05  # a point above this fraction of its roof is measured again, then not believed
+RETRIES = 3
+QUIET_SECONDS = 1.0  # how long a point waits for other processes to leave the cores alone
+MEMORY_SHARE = 0.6  # a point that needs more of the memory than this is not tried
+CUDA_ROTATION_BYTES = 300 * 10**6  # five times the L2 of the largest card
+
+
+def tolerance(dtype: str) -> float:
+    """Largest error, relative to the largest output, that still counts as the same mathematics."""
+    epsilon = torch.finfo(getattr(torch, dtype)).eps
+    return (4 if element_bytes(dtype) == 2 else 128) * epsilon
+
+
+def relative_error(output: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
+    """Largest deviation from the float64 reference over its largest magnitude, on the first and last (batch, group)."""
+    group_size = q.shape[1] // k.shape[1]
+    worst = 0.0
+    for b, g in itertools.product({0, q.shape[0] - 1}, {0, k.shape[1] - 1}):
+        heads = slice(g * group_size, (g + 1) * group_size)
+        one = (q[b : b + 1, heads].double(), k[b : b + 1, g : g + 1].double(), v[b : b + 1, g : g + 1].double())
+        expected = attend(*one, causal=causal, impl="reference")
+        worst = max(worst, float((output[b, heads] - expected[0]).abs().max() / expected.abs().max()))
+    return worst
+
+
+def measure_point(
+    point: Point, arms: list[str], inputs: Inputs, machine: Machine, rounds: int = ROUNDS
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Check and time ``arms`` of one point, interleaved; yield (arm, row) for each.
+
+    A row holds sizes, backend, quartiles, roofs, prediction, correctness error, load and status; an arm that cannot
+    run, would not fit, or ran out of memory is a row with the reason. An arm whose output is wrong raises
+    ``AssertionError``: no number is shown on a red check. Any other exception of an implementation passes through.
+    """
+    causal = point.kind == "prefill"
+    rows: dict[str, dict[str, Any]] = {}
+    runnable: list[str] = []
+    for arm in arms:
+        rows[arm] = {"status": "ok", **_size_fields(point, arm)}
+        if point.needed_bytes(arm) > MEMORY_SHARE * machine.memory_bytes:
+            reason = f"needs {point.needed_bytes(arm)} of {machine.memory_bytes} bytes of memory"
+            rows[arm] |= {"status": "too_big", "reason": reason}
+        else:
+            runnable.append(arm)
+    rotation = inputs.rotation(point) if runnable else []
+    warm: dict[str, float] = {}
+    for arm in runnable:
+        able, reason = supports(arm, *rotation[0], causal=causal)
+        if not able:
+            rows[arm] |= {"status": "unsupported", "reason": reason}
+            continue
+        began = time.perf_counter()
+        try:
+            output = attend(*rotation[0], causal=causal, impl=arm)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            rows[arm] |= {"status": "oom", "reason": str(error).split("\n")[0]}
+            continue
+        wrong = relative_error(output, *rotation[0], causal=causal)
+        warm[arm] = time.perf_counter() - began
+        if wrong > tolerance(point.dtype):
+            raise AssertionError(
+                f"{point.label} {arm}: error {wrong:.2g}, at most {tolerance(point.dtype):.2g} is allowed"
+            )
+        rows[arm] |= {"error": wrong, "tolerance": tolerance(point.dtype)}
+        rows[arm]["backend"] = backend(arm, *rotation[0], causal=causal)
+        rows[arm]["picked"] = auto.pick(*rotation[0], causal) if arm == "auto" else arm
+    if warm:
+        _time_arms(point, list(warm), rotation, machine, rounds, rows)
+    for arm in arms:
+        yield arm, rows[arm]
+
+
+def _size_fields(point: Point, arm: str) -> dict[str, Any]:
+    return {
+        "variant": point.shape.variant,
+        "bytes": attention_bytes(point.shape, point.batch, point.queries, point.context, point.dtype),
+        "needed_bytes": point.needed_bytes(arm),
+    }
+
+
+def _time_arms(
+    point: Point,
+    arms: list[str],
+    rotation: list[tuple[Tensor, Tensor, Tensor]],
+    machine: Machine,
+    rounds: int,
+    rows: dict[str, dict[str, Any]],
+) -> None:
+    device, causal = machine.device, point.kind == "prefill"
+    turn = itertools.cycle(rotation)  # shared, so that no arm finds what another just read
+    calls = {arm: (lambda arm=arm: attend(*next(turn), causal=causal, impl=arm)) for arm in arms}
+    for attempt in range(RETRIES):
+        busy = host.wait_for_quiet(QUIET_SECONDS)
+        load = host.Load()
+        once = {arm: one_sample(call, device) for arm, call in calls.items()}
+        limit = SLOW_FACTOR * min(once.values())
+        count = {arm: SLOW_ROUNDS if once[arm] > limit else rounds for arm in arms}
+        per_sample = len(rotation) if device == "cuda" else 1
+        seconds = interleaved(calls, count, device, per_sample)
+        for arm in arms:
+            low, middle, high = quartiles(seconds[arm])
+            prediction = point.predict(machine, arm)
+            least = point.predict(machine, "grouped")
+            rows[arm] |= {
+                "median": middle,
+                "q25": low,
+                "q75": high,
+                "samples": seconds[arm],
+                "rounds": count[arm],
+                "predicted": prediction.seconds,
+                "terms": prediction.terms,
+                "binding": prediction.binding,
+                "flops": prediction.flops,
+                "read_bandwidth": machine.read_bandwidth,
+                "copy_bandwidth": machine.copy_bandwidth,
+                "matmul_rate": machine.compute_roof(point.dtype),
+                "fraction_of_roof": max(least.terms["bandwidth"], least.terms["compute"]) / middle,
+                "load": load.cores(),
+                "busy": busy,
+            }
+            if device == "cuda":  # what a user without graphs meets, launches included
+                rows[arm]["eager"] = statistics.median(event_seconds(calls[arm]) for _ in range(SLOW_ROUNDS))
+        if all(rows[arm]["fraction_of_roof"] <= IMPLAUSIBLE for arm in arms):
+            return
+        if attempt + 1 < RETRIES:
+            machine = refreshed(machine, point.dtype)
+    for arm in arms:
+        if rows[arm]["fraction_of_roof"] > IMPLAUSIBLE:
+            share = rows[arm]["fraction_of_roof"]
+            rows[arm] |= {"status": "implausible", "reason": f"{share:.2f} of the roof after {RETRIES} measurements"}
+
+
+# --- a whole model --------------------------------------------------------------------------------------------------
+
+
+def decode_step(model: Llama, batch: int, context: int) -> Callable[[], Tensor]:
+    """One decode step of ``model`` at a fixed context, ready to time: the cache is filled beforehand, with noise, and
+    set back after every step, so neither prefill nor growth is in the timer. Returns logits [B, 1, vocab]."""
+    cache = model.new_cache(batch, context + 1)
+    cache.k.normal_()
+    cache.v.normal_()
+    cache.length = context
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=cache.k.device)
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            logits = model(token, cache)
+        cache.length = context
+        return logits
+
+    return step
+
+
+def measure_steps(
+    shape: ModelShape, groups: list[int], batch: int, context: int, dtype: str, machine: Machine, rounds: int = ROUNDS
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Time one decode step of whole random models of ``shape``, one per G, interleaved; yield (G, row)."""
+    shapes = {g: shape.with_kv_heads(g) for g in groups}
+    torch.manual_seed(0)
+    models = {g: Llama(shapes[g]).to(machine.device, getattr(torch, dtype)) for g in groups}
+    steps = {str(g): decode_step(models[g], batch, context) for g in groups}
+    for step in steps.values():
+        step()
+    busy = host.wait_for_quiet(QUIET_SECONDS)
+    load = host.Load()
+    seconds = interleaved(steps, dict.fromkeys(steps, rounds), machine.device)
+    for g in groups:
+        low, middle, high = quartiles(seconds[str(g)])
+        prediction = predict_decode(shapes[g], machine, batch, context + 1, dtype, scope="model")
+        yield (
+            g,
+            {
+                "status": "ok",
+                "variant": shapes[g].variant,
+                "median": middle,
+                "q25": low,
+                "q75": high,
+                "samples": seconds[str(g)],
+                "rounds": rounds,
+                "predicted": prediction.seconds,
+                "terms": prediction.terms,
+                "binding": prediction.binding,
+                "bytes": prediction.bytes,
+                "flops": prediction.flops,
+                "read_bandwidth": machine.read_bandwidth,
+                "load": load.cores(),
+                "busy": busy,
+            },
+        )

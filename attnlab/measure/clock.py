@@ -1,0 +1,64 @@
+"""Taking samples: arms in turn (A B A B), on the CPU by the clock, on CUDA by events around a replayed graph."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: Mapping[str, int], device: str, calls_per_sample: int = 1
+) -> dict[str, list[float]]:
+    """Seconds per call, ``rounds[name]`` samples of each, taken in turn: A B A B. Every call has been warmed before."""
+    take = _cuda_sample if device == "cuda" else _cpu_sample
+    prepared = {name: take(call, calls_per_sample) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(max(rounds.values())):
+        for name, sample in prepared.items():
+            if index < rounds[name]:
+                seconds[name].append(sample())
+    return seconds
+
+
+def _cpu_sample(call: Callable[[], object], calls: int) -> Callable[[], float]:
+    def sample() -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - began) / calls
+
+    return sample
+
+
+def _cuda_sample(call: Callable[[], object], calls: int) -> Callable[[], float]:
+    side = torch.cuda.Stream()  # a graph is captured after warm-up on a stream of its own
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return lambda: event_seconds(graph.replay) / calls
+
+
+def one_sample(call: Callable[[], object], device: str) -> float:
+    return event_seconds(call) if device == "cuda" else _cpu_sample(call, 1)()
+
+
+def event_seconds(call: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    """25 %, 50 % and 75 % of the samples."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, middle, high

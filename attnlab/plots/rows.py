@@ -1,0 +1,61 @@
+"""Which rows a figure draws: the newest run's, those that ended well, of sizes that can stand in one panel."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas
+
+from attnlab.errors import InputError
+from attnlab.results import newest
+from attnlab.shapes import element_bytes
+
+
+def timed(rows: pandas.DataFrame, kind: str, machine: str) -> pandas.DataFrame:
+    """The ``kind`` rows of ``machine``'s newest run that may be drawn: status ok, and of the (H, D) that most of them
+    have. Raises ``InputError`` if there are none."""
+    chosen = newest(rows, kind, machine)
+    chosen = chosen[chosen["status"] == "ok"]
+    if chosen.empty:
+        raise InputError(f"no {kind} rows of {machine} ended well")
+    return commonest(chosen, ["shape.n_heads", "shape.head_dim"])
+
+
+def commonest(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
+    """The rows that share the most frequent values in ``columns``; of equally frequent ones, the smallest."""
+    for column in columns:
+        counts = rows[column].value_counts()
+        rows = rows[rows[column] == min(counts[counts == counts.max()].index)]
+    return rows
+
+
+def few(values: Iterable[Any], count: int) -> list[Any]:
+    """At most ``count`` of the distinct values, smallest and largest among them, evenly picked between."""
+    distinct = sorted(set(values))
+    if len(distinct) <= count:
+        return distinct
+    if count == 1:
+        return distinct[-1:]
+    return [distinct[round(i * (len(distinct) - 1) / (count - 1))] for i in range(count)]
+
+
+def dtypes(rows: pandas.DataFrame) -> list[str]:
+    """Distinct dtypes, widest first."""
+    return sorted(rows["dtype"].unique(), key=lambda dtype: (-element_bytes(dtype), dtype))
+
+
+def best_arm(rows: pandas.DataFrame) -> str:
+    """What a user gets: ``auto`` where it was measured, else ``grouped``. Raises ``InputError`` if neither was."""
+    for arm in ("auto", "grouped"):
+        if (rows["impl"] == arm).any():
+            return arm
+    raise InputError("neither auto nor grouped was measured")
+
+
+def source(rows: pandas.DataFrame) -> str:
+    """The footer: what drew these rows, in which dtype, and the run they come from."""
+    first = rows.iloc[0]
+    device = "CPU" if first["device"] == "cpu" else "GPU"
+    # Training rows have no dtype: training computes in float32.
+    kinds = dtypes(rows) if "dtype" in rows and rows["dtype"].notna().any() else ["float32"]
+    runs = ", ".join(sorted(rows["run"].unique()))
+    return f"{device}: {first['processor']} ({first['machine']}) · {', '.join(kinds)} · torch {first['torch']} · rows: {runs}"
