@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that ``attnlab --help`` does not wai
 
 import itertools
 import json
+import os
 import sys
 import warnings
 from collections import Counter
@@ -66,13 +67,13 @@ def _root(
 
 
 def _shape(model: str) -> ModelShape:
-    return ModelShape.from_hf(model) if Path(model).exists() else ModelShape.published(model)
+    return ModelShape.from_hf(model) if os.path.exists(model) else ModelShape.published(model)
 
 
 def _card(card: str) -> Any:
     from attnlab.predict.machine import Machine
 
-    return Machine.load(card) if Path(card).exists() else Machine.published(card)
+    return Machine.load(card) if os.path.exists(card) else Machine.published(card)
 
 
 @app.command()
@@ -197,7 +198,8 @@ def generate(
     tokenizer = load_tokenizer(directory)
     if kv_heads is not None:
         model = to_grouped(model, kv_heads)
-    tokens = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.embed_tokens.weight.device)
+    ids = tokenizer(prompt)["input_ids"]
+    tokens = torch.tensor([ids], dtype=torch.int64, device=model.embed_tokens.weight.device)
     stamps, shown, new = [time.perf_counter()], "", []
 
     def on_token(step: torch.Tensor) -> None:
@@ -361,6 +363,7 @@ def _dtypes(text: str) -> list[str]:
 
 
 def _whole(option: str, text: str) -> int:
-    if not text.lstrip("-").isdigit():
-        raise InputError(f"{option} must be a whole number or max_context, got {text!r}")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option} must be a whole number or max_context, got {text[:40]!r}") from None

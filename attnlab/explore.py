@@ -6,6 +6,7 @@ and allocated bytes of a cache), ``decode`` and ``prefill`` (a timed point). A k
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ def _machine(run: Run, device: str, name: str, dtypes: tuple[str, ...]) -> Machi
     machine = Machine.load(path)
     if machine.name != name:
         raise InputError(f"{run.folder} was begun on {machine.name}, this is {name}; start another run with --fresh")
+    if missing := tuple(dtype for dtype in dtypes if dtype not in machine.matmul_rate):  # begun with other dtypes
+        rates = measure_machine(device, missing).matmul_rate
+        machine = replace(machine, matmul_rate={**machine.matmul_rate, **rates})
+        machine.save(path)
     return machine
 
 

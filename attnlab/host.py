@@ -105,7 +105,7 @@ def _driver() -> str:
 @contextlib.contextmanager
 def training() -> Iterator[None]:
     """Hold the training lock: timings on this machine wait for it, or refuse. Any number of trainings share it."""
-    with TRAINING_LOCK.open("a") as file:
+    with _training_lock() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
@@ -113,7 +113,7 @@ def training() -> Iterator[None]:
 @contextlib.contextmanager
 def timing() -> Iterator[None]:
     """Keep trainings out while timing; raises ``InputError`` if one is under way: each would spoil the other."""
-    with TRAINING_LOCK.open("a") as file:
+    with _training_lock() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -121,6 +121,19 @@ def timing() -> Iterator[None]:
                 "a training or another timing is running on this machine; wait for it to end, or stop it"
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def _training_lock() -> Iterator[int]:
+    """The open lock file, of this user or of another: a lock needs no right to write."""
+    try:
+        file = os.open(TRAINING_LOCK, os.O_RDONLY | os.O_CREAT, 0o644)
+    except PermissionError:  # in a shared folder Linux refuses to "create" what exists and belongs to another user
+        file = os.open(TRAINING_LOCK, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 class Load:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -42,6 +43,8 @@ def row_key(configuration: Mapping[str, Any]) -> str:
 def git_commit() -> str:
     """Short commit of the checkout that holds this library, "-dirty" where it was changed, "" outside a checkout."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+    if not (REPOSITORY / ".git").exists():  # installed inside some other checkout, whose commit is not ours
+        return ""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -70,8 +73,12 @@ class Run:
             raise InputError(
                 f"{self.folder} is being written by another process; wait for it, or give another folder"
             ) from None
-        self._repair()
-        self.rows = _read_rows(self.folder / ROWS)
+        try:
+            self._repair()
+            self.rows = _read_rows(self.folder / ROWS)
+        except InputError:
+            os.close(self._file)
+            raise
         self._by_key = {row["key"]: row for row in self.rows}
 
     def __enter__(self) -> "Run":
@@ -123,7 +130,10 @@ class Run:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Every whole row of ``path``; a torn last line is warned about and left out."""
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     if lines.pop():
         warnings.warn(f"{path} ends in a torn line, which is left out", stacklevel=3)
     rows: list[dict[str, Any]] = []
@@ -131,8 +141,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            schema, key = row["schema"], row["key"]
-        except (ValueError, TypeError, KeyError):
+            schema, key = row["schema"], str(row["key"])
+            _ = row["run"]
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(
                 f"{path}, line {number}: not a row of attnlab (a JSON object with schema, run and key)"
             ) from None
@@ -157,7 +168,10 @@ def load_results(path: Path | str | None = None) -> "pandas.DataFrame":
     files = sorted(root.rglob(ROWS)) if root.is_dir() else []
     if not files:
         raise InputError(f"no {ROWS} at or below {root}; give a run's folder, or make one with: attnlab explore")
-    return pandas.json_normalize([row for file in files for row in _read_rows(file)])
+    rows = [row for file in files for row in _read_rows(file)]
+    if not rows:
+        raise InputError(f"{files[0]} holds no rows yet; let its run go on, for example with: attnlab explore")
+    return pandas.json_normalize(rows)
 
 
 def newest(rows: "pandas.DataFrame", kind: str, machine: str) -> "pandas.DataFrame":
@@ -183,17 +197,28 @@ def run_folder(root: Path, machine: str, *, fresh: bool = False, suffix: str = "
 
 
 def publish(run: Path, root: Path = PUBLISHED) -> Path:
-    """Copy a finished run under ``root``/<machine>/; return where it lies. A run that is there already is refused."""
+    """Copy a finished run under ``root``/<machine>/; return where it lies. A run that is there already is refused.
+
+    Raises ``InputError`` also where there are no rows, or no room for them; nothing half-copied stays.
+    """
     rows = _read_rows(run / ROWS) if (run / ROWS).exists() else []
     if not rows:
         raise InputError(f"{run} is not a run: it has no {ROWS} with rows")
-    target = root / rows[0]["machine"] / run.name
+    machine = str(rows[0].get("machine"))
+    if not re.fullmatch(r"[a-z0-9-]+", machine):  # it becomes a folder's name
+        raise InputError(f"{run / ROWS}, line 1: {machine!r} is not a machine's name")
+    target = root / machine / run.resolve().name
     if target.exists():
         raise InputError(f"{target} is published already")
     partial = target.with_name(target.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name in (ROWS, MACHINE):
-        if (run / name).exists():
-            shutil.copyfile(run / name, partial / name)
-    partial.rename(target)
+    whole = (run / ROWS).read_bytes()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / ROWS).write_bytes(whole[: whole.rfind(b"\n") + 1])
+        if (run / MACHINE).exists():
+            shutil.copyfile(run / MACHINE, partial / MACHINE)
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
     return target

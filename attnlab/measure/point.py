@@ -66,14 +66,18 @@ class Point:
         return function(self.shape, machine, self.batch, self.context, self.dtype, impl=impl)
 
     def needed_bytes(self, impl: str) -> int:
-        """Memory that the call needs at once: inputs, output, and what ``impl`` makes of K and V."""
+        """Memory that the call needs at once: inputs, output, and what ``impl`` makes of K and V; a kernel's scratch is
+        left out."""
         element, heads = element_bytes(self.dtype), self.n_heads
         kv = 2 * self.batch * self.context * self.head_dim
         own = attention_bytes(self.shape, self.batch, self.queries, self.context, self.dtype)
-        if impl == "expanded" and self.n_kv_heads < heads:
+        if impl == "expanded" and 1 < self.n_kv_heads < heads:  # a single head is repeated by a stride of zero
             own += kv * heads * element
-        if impl == "reference":  # scores and weights, and 32-bit copies of 16-bit inputs
-            own += 2 * self.batch * heads * self.queries * self.context * 4 + kv * self.n_kv_heads * 4
+        if impl == "reference":  # scores and weights, a mask, and 32-bit copies of 16-bit inputs and output
+            wide = max(element, 4)
+            own += 2 * self.batch * heads * self.queries * self.context * wide + self.queries * self.context
+            if element < wide:
+                own += wide * (2 * self.batch * heads * self.queries * self.head_dim + kv * self.n_kv_heads)
         return own
 
 

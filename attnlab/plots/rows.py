@@ -58,4 +58,5 @@ def source(rows: pandas.DataFrame) -> str:
     # Training rows have no dtype: training computes in float32.
     kinds = dtypes(rows) if "dtype" in rows and rows["dtype"].notna().any() else ["float32"]
     runs = ", ".join(sorted(rows["run"].unique()))
-    return f"{device}: {first['processor']} ({first['machine']}) · {', '.join(kinds)} · torch {first['torch']} · rows: {runs}"
+    machine = f"{device}: {first['processor']} ({first['machine']})"
+    return f"{machine} · {', '.join(kinds)} · torch {first['torch']} · rows: {runs}"

@@ -41,7 +41,7 @@ def decode_groups(rows: pandas.DataFrame, machine: str) -> Figure:
     )
     groups = sorted(drawn[GROUPS].unique(), reverse=True)
     for axes, panel, labelled in panels:
-        ends = []
+        ends: list[tuple[float, float, str, str]] = []
         for impl, (colour, marker) in IMPLEMENTATIONS.items():
             arm = panel[panel["impl"] == impl]
             if not arm.empty:
@@ -66,7 +66,7 @@ def decode_context(rows: pandas.DataFrame, machine: str) -> Figure:
 @styled
 def decode_batch(rows: pandas.DataFrame, machine: str) -> Figure:
     """Time over batch, one line per variant, a panel per context and dtype."""
-    title = "A larger batch does not amortise attention: every sequence has its own cache"
+    title = "Each sequence of a batch has its own cache to read, at every step"
     return _per_variant(rows, machine, "batch", "context", title)
 
 
@@ -79,17 +79,17 @@ def _per_variant(rows: pandas.DataFrame, machine: str, x: str, fixed: str, title
         (fixed, "dtype"),
         x,
         title,
-        f"Colours: {best}, medians with bars from first to third quartile; dashed: predicted. Grey: what most code does, "
-        f"K and V repeated to all heads ({USUAL}, at each G < H). {_sizes(drawn)}.",
+        f"Colours: {best}, medians with bars from first to third quartile; dashed: predicted. Grey: {USUAL}, what most "
+        f"code does: K and V repeated to all heads, at each G < H. {_sizes(drawn)}.",
     )
     for axes, panel, labelled in panels:
-        ends = []
+        ends: list[tuple[float, float, str, str]] = []
         for g in sorted(panel[GROUPS].unique(), reverse=True):
             variant, arms = variant_name(heads, g), panel[panel[GROUPS] == g]
             mine, usual = arms[arms["impl"] == best], arms[arms["impl"] == USUAL]
             if not usual.empty and g < heads:
                 colour, marker = IMPLEMENTATIONS[USUAL]
-                _curve(axes, x, usual, f"{variant}, {USUAL}", colour, marker)
+                _curve(axes, x, usual, f"{variant}, {USUAL}", colour, marker, linewidth=1, ms=4)
                 if USUAL not in {end[2] for end in ends}:
                     ends.append((usual[x].iloc[-1], usual["median"].iloc[-1] * 1e3, USUAL, colour))
             if not mine.empty:
@@ -125,29 +125,36 @@ def _panels(
     )
 
     def panels() -> Iterator[tuple[Axes, pandas.DataFrame, bool]]:
-        for line, first in zip(grid, values[0], strict=True):
-            for axes, second in zip(line, values[1], strict=True):
+        for down, first in enumerate(values[0]):
+            for right, second in enumerate(values[1]):
+                axes = grid[down, right]
                 own = dict(zip(by, (first, second), strict=True))
                 log_axis(axes, "y")
-                if axes is line[0]:
+                if right == 0:
                     axes.set_ylabel("time of a step (ms)")
-                if line is grid[-1]:
+                if down == len(values[0]) - 1:
                     axes.set_xlabel(_NAMES[x])
                 size = f"context {tokens(own['context'])}" if "context" in own else f"batch {own['batch']}"
                 axes.set_title(f"{own['dtype']}, {size}")
                 panel = drawn[(drawn[by[0]] == first) & (drawn[by[1]] == second)]
-                yield axes, panel, axes is line[-1] or len(line) < 3
+                yield axes, panel, right == len(values[1]) - 1 or len(values[1]) < 3
 
     return figure, panels()
 
 
 def _curve(
-    axes: Axes, x: str, rows: pandas.DataFrame, label: str, colour: str, marker: str, predicted: bool = False
+    axes: Axes,
+    x: str,
+    rows: pandas.DataFrame,
+    label: str,
+    colour: str,
+    marker: str,
+    predicted: bool = False,
+    **look: Any,
 ) -> None:
     """Medians with bars from the first to the third quartile and, dashed, what was predicted; in milliseconds."""
     median = rows["median"] * 1e3
     spread = [median - rows["q25"] * 1e3, rows["q75"] * 1e3 - median]
-    axes.errorbar(rows[x], median, spread, color=colour, marker=marker, label=label, elinewidth=1, capsize=2)
+    axes.errorbar(rows[x], median, spread, color=colour, marker=marker, label=label, elinewidth=1, capsize=2, **look)
     if predicted:
-        look: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.1}
-        axes.plot(rows[x], rows["predicted"] * 1e3, color=colour, label=f"{label}, predicted", **look)
+        axes.plot(rows[x], rows["predicted"] * 1e3, color=colour, label=f"{label}, predicted", ls=(0, (4, 2)), lw=1.1)

@@ -86,6 +86,12 @@ def darker(colour: str) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
+def readable_on(colour: str) -> str:
+    """Dark or light letters, whichever stand out on ``colour``."""
+    red, green, blue = to_rgb(colour)
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+
+
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Let ``draw`` see these settings alone, whatever the user's are."""
 
@@ -155,7 +161,7 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -> Non
     axes.autoscale_view()
     to_fraction = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_fraction.transform((x, y))[1]), x, y, text, colour) for x, y, text, colour in ends)
-    gap = 0.155 / (axes.get_position().height * axes.figure.get_figheight())  # type: ignore[union-attr]
+    gap = 0.17 / (axes.get_position().height * axes.figure.get_figheight())  # type: ignore[union-attr]
     # Each label pulls at the block it belongs to; blocks that overlap are merged and stand at the mean of their pulls.
     blocks: list[list[float]] = []
     for index, (wanted, *_) in enumerate(placed):

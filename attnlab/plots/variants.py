@@ -1,11 +1,12 @@
 """The idea, drawn: how query heads share key/value heads, and what is left to store."""
 
 from dataclasses import replace
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from attnlab.plots.style import GRID, INK, MUTED, PAPER, canvas, darker, styled, variant_colour
+from attnlab.plots.style import GRID, INK, MUTED, PAPER, canvas, darker, readable_on, styled, variant_colour
 from attnlab.predict.memory import KIB, kv_cache_bytes
 from attnlab.shapes import ModelShape
 
@@ -26,6 +27,7 @@ def variants() -> Figure:
         sharey=True,
     )
     shapes = [replace(_HEADS, n_kv_heads=g) for g in (8, 4, 2, 1)]
+    letters: dict[str, Any] = {"size": 7.5, "ha": "center", "va": "center_baseline", "zorder": 3}
     stored = [kv_cache_bytes(shape, 1, 1) / KIB for shape in shapes]
     for index, shape in enumerate(shapes):
         bottom, colour, size = -_ROW * index, variant_colour(shape.variant), shape.group_size
@@ -35,20 +37,20 @@ def variants() -> Figure:
         for h in range(shape.n_heads):
             g = h // size
             middle = g * size + (size - 1) / 2
-            heads.plot([h, middle], [bottom + 1, bottom], color=colour, linewidth=1.3, zorder=1)
+            heads.plot([h, middle], [bottom + 0.73, bottom + 0.3], color=colour, linewidth=1.3, zorder=1)
             heads.add_patch(Circle((h, bottom + 1), 0.27, facecolor=PAPER, edgecolor=INK, zorder=2))
-            heads.text(h, bottom + 1, f"q{h}", size=7.5, ha="center", va="center_baseline", zorder=3)
+            heads.text(h, bottom + 1, f"q{h}", **letters)
             if h % size == 0:
                 box = FancyBboxPatch(
                     (middle - 0.2, bottom - 0.2), 0.4, 0.4, "round,pad=0.1", facecolor=colour, edgecolor=PAPER, zorder=2
                 )
                 heads.add_patch(box)
-                heads.text(middle, bottom, f"kv{g}", size=7.5, color="white", ha="center", va="center_baseline", zorder=3)
+                heads.text(middle, bottom, f"kv{g}", color=readable_on(colour), **letters)
     middles = [0.5 - _ROW * index for index in range(len(shapes))]
     cache.barh(middles, [stored[0]] * 4, height=0.62, color=GRID)
     cache.barh(middles, stored, height=0.62, color=[variant_colour(shape.variant) for shape in shapes])
     for middle, value in zip(middles, stored, strict=True):
-        cache.text(0, middle - 0.42, f"{value:g} KiB a token: {value / stored[0]:.1%} of MHA", size=8, va="top")
+        cache.text(0, middle - 0.42, f"{value:g} KiB a token: {100 * value / stored[0]:g} % of MHA", size=8, va="top")
     heads.set(xlim=(-3.3, 7.5), ylim=(-_ROW * 3 - 0.55, 1.45), aspect="equal")
     heads.set_title("query heads (circles) and the KV heads they read (squares)")
     cache.set_title("KV cache, one layer")

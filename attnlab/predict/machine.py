@@ -5,6 +5,7 @@ stands behind a measurement: no kernel reaches a datasheet.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,10 +34,10 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("read_bandwidth", "copy_bandwidth", "call_seconds", "memory_bytes"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if not _positive(value):
                 raise InputError(f"a machine's {name} must be a number above 0, got {value!r}")
-        if not self.matmul_rate or any(not rate > 0 for rate in self.matmul_rate.values()):
-            raise InputError(f"a machine needs at least one matmul_rate above 0, got {dict(self.matmul_rate)}")
+        if not self.matmul_rate or not all(map(_positive, self.matmul_rate.values())):
+            raise InputError(f"a machine needs at least one matmul_rate, each above 0, got {dict(self.matmul_rate)}")
 
     def compute_roof(self, dtype: object) -> float:
         """Fastest arithmetic on inputs of ``dtype``, flop/s. On a CPU a 16-bit kernel may convert to float32 and
@@ -61,7 +62,7 @@ class Machine:
             return Machine(**json.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise InputError(f"no machine file at {path}; make one with: attnlab machine --out {path}") from None
-        except (OSError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # ValueError: UTF-8 and JSON
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -78,6 +79,10 @@ class Machine:
             os.replace(partial, path)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def published_machines() -> list[str]:

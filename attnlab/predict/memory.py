@@ -117,8 +117,9 @@ def decode_peak_bytes(
 
     The larger one counts; it is the FFN's in every published shape. The sum is exact for a loop that keeps the last
     step's logits while the next step runs, and otherwise too high by the smaller of logits and activations. Left out:
-    the framework's own memory, an attention kernel's scratch, and the norm's float32 copies, which only an FFN
-    narrower than twice d would notice. Prefill is not covered: its activations grow with the prompt.
+    the framework's own memory, an attention kernel's scratch, what sampling makes of the logits (greedy makes nothing),
+    and the norm's float32 copies, which only an FFN narrower than twice d would notice. Prefill is not covered: its
+    activations grow with the prompt.
     """
     rank, element = shape.per_rank(tensor_parallel), element_bytes(dtype)
     q, kv = rank.n_heads * rank.head_dim, rank.n_kv_heads * rank.head_dim

@@ -8,7 +8,7 @@ does 4·B·H·S·D flop on 2·B·G·S·D elements, R flop per byte in 16 bit, wh
 
 from dataclasses import dataclass
 
-from attnlab.errors import check_choice, check_size
+from attnlab.errors import check_bytes, check_choice, check_size
 from attnlab.predict.machine import Machine
 from attnlab.predict.memory import weight_read_bytes
 from attnlab.shapes import ModelShape, element_bytes
@@ -37,7 +37,7 @@ def attention_bytes(
     own = 2 * batch * shape.n_heads * queries * shape.head_dim
     kv = 2 * batch * context * shape.head_dim
     copies = 2 * shape.n_heads if impl == "expanded" and shape.n_kv_heads < shape.n_heads else 0
-    return element * (own + kv * (shape.n_kv_heads + copies))
+    return check_bytes("what attention moves", element * (own + kv * (shape.n_kv_heads + copies)))
 
 
 def attention_flops(shape: ModelShape, batch: int, queries: int, context: int) -> int:
@@ -57,7 +57,8 @@ def predict_decode(
 ) -> Prediction:
     """One decode step at a fixed context: attention of one layer (``scope`` "layer"), or the whole model ("model").
 
-    Raises ``InputError`` on sizes below 1, an unknown dtype or scope, or a dtype the machine has no rate for.
+    Raises ``InputError`` on sizes below 1, 2^63 bytes or more, an unknown dtype or scope, or a dtype the machine has
+    no rate for.
     """
     return _predict(shape, machine, batch, 1, context, dtype, scope, impl)
 

@@ -8,30 +8,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.errors import InputError
+from attnlab.errors import InputError, check_size
 from attnlab.model.llama import Llama
 
-BATCH = 32
+BATCH = 32  # windows in one forward pass, fewer where they are long: at most WINDOW_TOKENS, or one window
+WINDOW_TOKENS = 8192
+LOGITS = 2**25  # scores held at once: a window of 8192 tokens has 10^9 of them with a vocabulary of 128k
 
 
 def bits_per_byte(model: Llama, tokens: Tensor, context: int, text_bytes: int | None = None) -> float:
     """−log2 p(text) per byte. ``tokens`` [N] are cut into windows of ``context`` that do not overlap; every token but
     the first is predicted once, from those before it in its window. ``text_bytes`` is what the predicted tokens stand
-    for (one each if None, as for a byte-level model). Raises ``InputError`` on fewer than two tokens."""
+    for (one each if None, as for a byte-level model). Raises ``InputError`` on fewer than two tokens, or a context
+    below 1."""
     if len(tokens) < 2:
         raise InputError(f"the text has {len(tokens)} tokens, at least 2 are needed to predict one")
     device = model.embed_tokens.weight.device
-    whole = (len(tokens) - 1) // context
+    whole = (len(tokens) - 1) // check_size("context", context)
+    rows = max(1, LOGITS // model.shape.vocab_size)
     nats = 0.0
     with torch.inference_mode():
         windows = [tokens[i * context : (i + 1) * context + 1] for i in range(whole)]
-        batches = [torch.stack(windows[i : i + BATCH]) for i in range(0, whole, BATCH)]
+        size = max(1, min(BATCH, WINDOW_TOKENS // context))
+        batches = [torch.stack(windows[i : i + size]) for i in range(0, whole, size)]
         if len(rest := tokens[whole * context :]) > 1:
             batches.append(rest[None])
         for batch in batches:
             batch = batch.to(device).long()
-            logits = model(batch[:, :-1]).flatten(0, 1).float()
-            nats += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
+            hidden, targets = model.hidden(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
+            for states, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
+                nats += F.cross_entropy(model.logits(states).float(), expected, reduction="sum").item()
     return nats / math.log(2) / (len(tokens) - 1 if text_bytes is None else text_bytes)
 
 
@@ -54,6 +60,8 @@ def load_tokenizer(directory: Path | str) -> Any:
 def tokenized(model: Llama, directory: Path | str, text: bytes) -> tuple[Tensor, int]:
     """Tokens [N] of ``text`` and the bytes that all but the first stand for: bytes themselves for a model of 256
     symbols, else by the directory's tokenizer (a beginning-of-text token, if it adds one, is the first)."""
+    if not text:
+        raise InputError("the text is empty")
     if model.shape.vocab_size == 256:
         return torch.frombuffer(bytearray(text), dtype=torch.uint8), max(1, len(text) - 1)
     try:

@@ -49,21 +49,29 @@ def train(
         logits = model(windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         if not math.isfinite(loss.item()):
-            return {"status": "diverged", "reason": f"loss is {loss.item()} at step {step}", "curve": curve}
+            return _diverged(f"loss is {loss.item()} at step {step}", curve)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step + 1 in evaluate_at:
-            tokens = (step + 1) * recipe.batch * recipe.context
-            curve.append([tokens, bits_per_byte(model, corpus.validation[:CURVE_BYTES], recipe.context)])
+            bits = bits_per_byte(model, corpus.validation[:CURVE_BYTES], recipe.context)
+            if not math.isfinite(bits):  # a step that broke the weights shows here before its successor's loss does
+                return _diverged(f"validation loss is {bits} after step {step}", curve)
+            curve.append([(step + 1) * recipe.batch * recipe.context, bits])
         if on_step:
             on_step(step + 1, loss.item())
         if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY_SECONDS:
             _save(checkpoint, model, optimizer, step + 1, curve)
             saved = time.monotonic()
     final = bits_per_byte(model, corpus.validation[:FINAL_BYTES], recipe.context)
+    if not math.isfinite(final):
+        return _diverged(f"validation loss is {final} after the last step", curve)
     return {"status": "ok", "bits_per_byte": final, "curve": curve, "seconds": time.monotonic() - began}
+
+
+def _diverged(reason: str, curve: list[Any]) -> dict[str, Any]:
+    return {"status": "diverged", "reason": reason, "curve": curve}
 
 
 def _save(path: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, curve: list[Any]) -> None:

@@ -5,7 +5,9 @@ seeds. Arms of one seed share data order, so that differences to MHA can be take
 """
 
 import multiprocessing
+import os
 import queue
+import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from attnlab import host
+from attnlab.errors import check_size
 from attnlab.results import Run, row_key
 from attnlab.shapes import ModelShape
 from attnlab.train.corpus import Corpus, standard_library
@@ -54,6 +57,7 @@ def plan(
 ) -> list[Planned]:
     """Every G that divides H × plain and matched × seeds, whole seeds first, so that a partial sweep is still
     paired."""
+    check_size("seeds", seeds)
     groups = [g for g in range(shape.n_heads, 0, -1) if shape.n_heads % g == 0]
     runs = []
     for seed in range(seeds):
@@ -129,11 +133,16 @@ _progress: Any
 def _start_worker(corpus: Corpus, progress: Any) -> None:
     global _corpus, _progress
     _corpus, _progress = corpus, progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, without a traceback here
     torch.set_num_threads(1)  # two one-thread runs side by side beat one run of two threads
 
 
 def _work(planned: Planned, checkpoint: Path) -> dict[str, Any]:
+    parent = multiprocessing.parent_process()
+
     def on_step(step: int, loss: float) -> None:
+        if parent is not None and not parent.is_alive():  # killed; its successor writes the same checkpoint
+            os._exit(1)
         if step % 10 == 0:
             _progress.put((planned.label, step, planned.recipe.steps, loss))
 

@@ -26,7 +26,8 @@ class Recipe:
     peak_rate: float = 4e-3
 
     def __post_init__(self) -> None:
-        check_size("tokens", self.tokens)
+        for name in ("tokens", "batch", "context"):
+            check_size(name, getattr(self, name))
         if self.steps < 2:
             raise InputError(f"tokens={self.tokens} is less than two steps of {self.batch} × {self.context} tokens")
 

@@ -130,6 +130,16 @@ def test_long_rows(impl: str, device: str) -> None:
     check(impl, tuple(x.to(device) for x in qkv), True, exact, budget)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_reference_rounds_once(dtype: torch.dtype) -> None:
+    """An oracle that computes in bf16 excuses every error of bf16: whatever the inputs' dtype, the reference computes
+    in float32 or wider, so that only its last rounding shows."""
+    for T, S, causal in SPANS:
+        qkv, exact, _ = case(12, 4, T, S, 64, causal, dtype)
+        out = attend(*qkv, causal=causal, impl="reference").double()
+        assert ((out - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
+
+
 @every_device
 @pytest.mark.parametrize("scale", [0.37, 1.0])
 @every_impl
@@ -258,6 +268,17 @@ def test_grouped_never_expands_k_and_v(T: int, S: int, causal: bool) -> None:
     }
     assert peak["expanded"] >= 2 * repeated + output
     assert peak["grouped"] < output + repeated / 2
+
+
+@pytest.mark.parametrize(("T", "S", "causal"), [(1, 11, True), (1, 11, False), (3, 11, False)])
+def test_grouped_folds_a_group_into_the_rows_of_one_product(T: int, S: int, causal: bool) -> None:
+    """The fold is why ``grouped`` is fast and is invisible in its numbers: without a mask the kernel must see G heads
+    of R · T queries, never H heads."""
+    q, k, v = inputs(12, 4, T, S, 16, torch.float32)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as prof:
+        attend(q, k, v, causal=causal, impl="grouped")
+    seen = [event.input_shapes[:3] for event in prof.events() if event.name == "aten::scaled_dot_product_attention"]
+    assert seen == [[[2, 4, 3 * T, 16], [2, 4, S, 16], [2, 4, S, 16]]]
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

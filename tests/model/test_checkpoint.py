@@ -88,6 +88,9 @@ def test_shards_hold_every_tensor_once_and_no_more_than_asked(tmp_path):
     sizes = {file: sum(tensor.nbytes for tensor in tensors.values()) for file, tensors in shards.items()}
     assert index["metadata"]["total_size"] == sum(sizes.values()) == model.shape.n_params * 4
     assert all(size <= 3000 or len(shards[file]) == 1 for file, size in sizes.items())
+    first = {file: next(name for name, home in index["weight_map"].items() if home == file) for file in sizes}
+    full = zip(sorted(sizes), sorted(sizes)[1:], strict=False)
+    assert all(sizes[file] + shards[after][first[after]].nbytes > 3000 for file, after in full)
     assert any(size > 3000 for size in sizes.values()) and any(len(tensors) > 1 for tensors in shards.values())
 
 
@@ -220,7 +223,7 @@ def test_an_absurd_configuration_allocates_nothing(saved, changes):
 
 @pytest.mark.parametrize(
     "name",
-    ["../m/model.safetensors", "/etc/passwd", "a\\b.safetensors", "..safetensors", "a.bin", "a\0.safetensors", "", 5, None, ["a"]],
+    ["../m/model.safetensors", "/tmp/a.safetensors", "sub/a.safetensors", "/etc/passwd", "a\\b.safetensors", "..safetensors", "a.bin", "a\0.safetensors", "", 5, None, ["a"]],
 )
 def test_an_index_cannot_point_elsewhere(sharded, name):
     """A shard name is joined to the directory and opened: one with a path reads any file of the user's."""
