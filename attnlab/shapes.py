@@ -226,9 +226,10 @@ def hf_window(config: Mapping[str, Any]) -> int | None:
     """Sliding window in tokens where it is in force and shorter than the context, else None."""
     # Qwen's own default: a window is listed but not used
     used = config.get("use_sliding_window", config.get("model_type") not in ("qwen2", "qwen3"))
-    if config.get("sliding_window") is None or not used:
+    window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)  # its default
+    if window is None or not used:
         return None
-    window = check_size("sliding_window", config["sliding_window"])
+    check_size("sliding_window", window)
     return window if window < check_size("max_position_embeddings", _max_context(config)) else None
 
 

@@ -257,6 +257,8 @@ def test_a_sliding_window_is_said_and_counted_as_absent() -> None:
     assert shape == ModelShape.from_hf({**WINDOWED, "sliding_window": None})
     with pytest.warns(UserWarning, match="sliding window"):
         ModelShape.from_hf({**WINDOWED, "model_type": "qwen2", "use_sliding_window": True})
+    with pytest.warns(UserWarning, match="4096"):  # transformers' own default for a mistral that says nothing
+        ModelShape.from_hf({name: value for name, value in WINDOWED.items() if name != "sliding_window"})
 
 
 @pytest.mark.parametrize(

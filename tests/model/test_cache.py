@@ -44,7 +44,8 @@ def test_stored_bytes_are_the_formula(n_kv_heads, dtype, element, batch):
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 4, 6, 12])
 def test_uneven_pieces_equal_the_full_forward(n_kv_heads):
     """A cache whose layers advance it, whose slots are off by one, or that shows unwritten memory to attention, still
-    decodes something: pieces of 5, 1, 3, 1, 1, 2 tokens over memory filled with NaN must give the full forward's logits."""
+    decodes something: pieces of 5, 1, 3, 1, 1, 2 tokens over memory filled with NaN must give the full forward's
+    logits."""
     torch.manual_seed(n_kv_heads)
     model = Llama(shape_of(n_kv_heads))
     for parameter in model.parameters():
@@ -61,7 +62,8 @@ def test_uneven_pieces_equal_the_full_forward(n_kv_heads):
 
 
 def test_append_writes_one_layer_and_returns_views():
-    """An append that concatenated, or that advanced the length itself, would grow memory and shift every later layer."""
+    """An append that concatenated, or that advanced the length itself, would grow memory and shift every later
+    layer."""
     shape = shape_of(3)
     cache = KVCache(shape, 2, 7)
     cache.k.fill_(torch.nan)

@@ -1,4 +1,5 @@
-"""Checkpoint directories: what is written is read back; what is damaged, foreign or hostile is named and nothing is run.
+"""Checkpoint directories: what is written is read back; what is damaged, foreign or hostile is named and nothing is
+run.
 
 That transformers reads and writes the same directories is shown in test_parity.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attnlab.errors import InputError
@@ -76,7 +78,8 @@ def test_what_is_saved_is_read_back(tmp_path, changes, dtype, shard):
 
 
 def test_shards_hold_every_tensor_once_and_no_more_than_asked(tmp_path):
-    """A shard that starts over without resetting its size, or a tensor larger than a shard, loses or doubles tensors."""
+    """A shard that starts over without resetting its size, or a tensor larger than a shard, loses or doubles
+    tensors."""
     model = model_of()
     save_hf(model, tmp_path / "m", max_shard_bytes=3000)
     index = json.loads((tmp_path / "m" / INDEX).read_text())
@@ -92,6 +95,22 @@ def test_shards_hold_every_tensor_once_and_no_more_than_asked(tmp_path):
     full = zip(sorted(sizes), sorted(sizes)[1:], strict=False)
     assert all(sizes[file] + shards[after][first[after]].nbytes > 3000 for file, after in full)
     assert any(size > 3000 for size in sizes.values()) and any(len(tensors) > 1 for tensors in shards.values())
+
+
+@pytest.mark.parametrize("spelling", [("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")])
+def test_either_spelling_of_the_configuration_is_whole(tmp_path, spelling):
+    """transformers 4 reads rope_theta, rope_scaling and torch_dtype, version 5 rope_parameters and dtype; what one of
+    them does not find becomes a default, and the model rambles."""
+    model = model_of(rope_theta=500000.0, rope_scaling=ROPE).to(torch.float16)
+    save_hf(model, tmp_path / "m")
+    edit_json(tmp_path / "m" / "config.json", **dict.fromkeys(spelling, ...))
+    assert_same(load_hf(tmp_path / "m"), model)
+
+
+def test_weights_say_their_format(saved):
+    """transformers before version 5 refuses a safetensors file that does not say it is PyTorch's."""
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("asked", ["bf16", torch.bfloat16])
@@ -124,7 +143,8 @@ def test_loaded_weights_do_not_hang_on_the_file(tmp_path):
 
 
 def test_a_tied_checkpoint_may_store_its_head(tmp_path):
-    """Many tied checkpoints store the head as well. The same numbers are accepted; others would be dropped without a word."""
+    """Many tied checkpoints store the head as well. The same numbers are accepted; others would be dropped without a
+    word."""
     model = model_of(tied_embeddings=True)
     save_hf(model, tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
@@ -139,7 +159,9 @@ def test_rotary_tables_of_old_checkpoints_are_ignored(tmp_path):
     """Llama 1 and 2 conversions store inv_freq in every layer, some of them rounded to 16 bit."""
     model = model_of()
     save_hf(model, tmp_path / "m")
-    edit_tensors(tmp_path / "m" / "model.safetensors", **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    edit_tensors(
+        tmp_path / "m" / "model.safetensors", **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    )
     assert_same(load_hf(tmp_path / "m"), model)
 
 
@@ -158,7 +180,9 @@ def sharded(tmp_path) -> Path:
     return tmp_path / "s"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "cut in the header", "empty", "too long", "header length", "huge tensor", "no JSON"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "cut in the header", "empty", "too long", "header length", "huge tensor", "no JSON"]
+)
 def test_a_damaged_file_is_named(saved, damage):
     """A download that broke off, or a header that promises 2^62 bytes, must not end in a traceback or an allocation."""
     file = saved / "model.safetensors"
@@ -223,7 +247,20 @@ def test_an_absurd_configuration_allocates_nothing(saved, changes):
 
 @pytest.mark.parametrize(
     "name",
-    ["../m/model.safetensors", "/tmp/a.safetensors", "sub/a.safetensors", "/etc/passwd", "a\\b.safetensors", "..safetensors", "a.bin", "a\0.safetensors", "", 5, None, ["a"]],
+    [
+        "../m/model.safetensors",
+        "/tmp/a.safetensors",
+        "sub/a.safetensors",
+        "/etc/passwd",
+        "a\\b.safetensors",
+        "..safetensors",
+        "a.bin",
+        "a\0.safetensors",
+        "",
+        5,
+        None,
+        ["a"],
+    ],
 )
 def test_an_index_cannot_point_elsewhere(sharded, name):
     """A shard name is joined to the directory and opened: one with a path reads any file of the user's."""
@@ -293,14 +330,18 @@ def test_a_pickle_is_never_opened(saved, name, tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_local_experts": 8}, "experts"),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": ...}, "'yarn' can be counted but not run"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": ...},
+            "'yarn' can be counted but not run",
+        ),
         ({"num_key_value_heads": 4}, "does not divide n_heads=6; valid: 1, 2, 3, 6"),
         ({"dtype": "int8"}, "cannot compute in int8; valid: float64"),
         ({"dtype": "float31"}, "unknown dtype 'float31'"),
     ],
 )
 def test_another_architecture_is_refused_by_name(saved, changes, message):
-    """A Qwen2 loaded as a Llama drops its biases, a window is ignored, a rope scaling is skipped: all speak fluently."""
+    """A Qwen2 loaded as a Llama drops its biases, a window is ignored, a rope scaling is skipped: all speak
+    fluently."""
     edit_json(saved / "config.json", **changes)
     with pytest.raises(InputError, match=message):
         load_hf(saved)
@@ -357,15 +398,20 @@ def fail_on(monkeypatch, target: object, name: str, call: int, error: BaseExcept
 
 
 def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch):
-    """Writing into the directory itself, or removing it first, loses the only good checkpoint when the disk is full, when
-    the user presses Ctrl-C after the first shard, or when the new directory cannot be moved into place."""
+    """Writing into the directory itself, or removing it first, loses the only good checkpoint when the disk is full,
+    when the user presses Ctrl-C after the first shard, or when the new directory cannot be moved into place."""
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     other = model_of(seed=1)
 
     def unchanged() -> bool:
-        return [p.name for p in saved.parent.iterdir()] == ["m"] and before == {p.name: p.read_bytes() for p in saved.iterdir()}
+        return [p.name for p in saved.parent.iterdir()] == ["m"] and before == {
+            p.name: p.read_bytes() for p in saved.iterdir()
+        }
 
-    with full_disk(), pytest.raises(InputError, match=r"cannot save to .*File too large.*; what was there is unchanged"):
+    with (
+        full_disk(),
+        pytest.raises(InputError, match=r"cannot save to .*File too large.*; what was there is unchanged"),
+    ):
         save_hf(other, saved)
     assert unchanged()
     for target, name, call, error in [
@@ -394,8 +440,8 @@ def test_a_failed_first_save_leaves_nothing(tmp_path):
 
 
 def test_replacing_a_model_leaves_no_old_weights_and_keeps_its_other_files(saved):
-    """An old single file beside new shards would be loaded in their place, and a tokenizer belongs to its vocabulary, not
-    to the weights."""
+    """An old single file beside new shards would be loaded in their place, and a tokenizer belongs to its vocabulary,
+    not to the weights."""
     (saved / "tokenizer.json").write_text("{}")
     (saved / "LICENSE").write_text("free")
     other = model_of(seed=1)

@@ -28,8 +28,8 @@ def is_kv(name: str) -> bool:
 @pytest.mark.parametrize("method", ["mean", "first"])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 4, 6, 12])
 def test_each_group_becomes_one_head(n_kv_heads, method):
-    """Pooling strided heads (h, h + G, …) instead of contiguous ones, seen in a published conversion, gives right shapes
-    and a model whose groups belong to other query heads."""
+    """Pooling strided heads (h, h + G, …) instead of contiguous ones, seen in a published conversion, gives right
+    shapes and a model whose groups belong to other query heads."""
     model = model_of(12, qkv_bias=True)
     grouped = to_grouped(model, n_kv_heads, method)
     assert grouped.shape == model.shape.with_kv_heads(n_kv_heads)
@@ -47,8 +47,8 @@ def test_each_group_becomes_one_head(n_kv_heads, method):
 
 @pytest.mark.parametrize("method", ["mean", "first"])
 def test_repeated_heads_convert_back_to_the_same_logits(method):
-    """The one conversion that loses nothing: a grouped model spelt out with H heads, whose groups must be the very heads
-    that its query heads read."""
+    """The one conversion that loses nothing: a grouped model spelt out with H heads, whose groups must be the very
+    heads that its query heads read."""
     grouped = model_of(3)
     state = {
         name: tensor.unflatten(0, (3, D)).repeat_interleave(4, dim=0).flatten(0, 1) if is_kv(name) else tensor
@@ -98,8 +98,8 @@ def test_random_draws_k_and_v_anew_from_the_initial_distribution():
 
 
 def test_bfloat16_heads_are_pooled_in_float32():
-    """Adding in bfloat16 loses whatever is 256 times smaller than the running sum: the mean of 256, 1, 1, 1 is 64.75, which
-    rounds to 65, but to 64 if every sum is rounded."""
+    """Adding in bfloat16 loses whatever is 256 times smaller than the running sum: the mean of 256, 1, 1, 1 is 64.75,
+    which rounds to 65, but to 64 if every sum is rounded."""
     model = model_of(4).to(torch.bfloat16)
     weight = model.layers[0].self_attn.k_proj.weight
     with torch.no_grad():

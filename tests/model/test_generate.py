@@ -75,8 +75,8 @@ def test_an_eos_in_the_prompt_is_not_an_end():
 
 
 def test_one_pass_per_token_and_only_the_last_position_headed(monkeypatch):
-    """Heading every prompt position multiplies the largest matrix of a small model by T, and a pass after the last token
-    adds a step to every timing."""
+    """Heading every prompt position multiplies the largest matrix of a small model by T, and a pass after the last
+    token adds a step to every timing."""
     model = lively_model()
     fed, headed = [], []
     hidden, logits = model.hidden, model.logits
@@ -136,7 +136,8 @@ def test_a_tiny_temperature_is_greedy():
 
 
 def test_top_k_keeps_exactly_the_k_likeliest():
-    """A threshold at the k-th logit keeps more than k on ties, and a sort the wrong way round keeps the least likely."""
+    """A threshold at the k-th logit keeps more than k on ties, and a sort the wrong way round keeps the least
+    likely."""
     found, logits = drawn(lively_model(), temperature=3.0, top_k=4)
     assert set(found.nonzero()[:, 0].tolist()) == set(logits.topk(4).indices.tolist())
     tied = lively_model()
@@ -170,7 +171,8 @@ def test_top_p_applies_to_what_top_k_left():
 
 
 def test_what_comes_out_can_be_trained_on():
-    """Tensors made in inference mode cannot be saved for a backward pass, and the error names neither cause nor cure."""
+    """Tensors made in inference mode cannot be saved for a backward pass, and the error names neither cause nor
+    cure."""
     model = lively_model()
     out = generate(model, torch.ones(1, 3, dtype=torch.int64), 4)
     model(out).sum().backward()

@@ -16,8 +16,8 @@ def shape_of(**changes) -> ModelShape:
 
 
 def test_rms_norm_divides_by_the_root_mean_square():
-    """A norm that subtracts the mean (LayerNorm), adds eps after the root, or reduces over another axis, trains nearly as
-    well: only numbers tell."""
+    """A norm that subtracts the mean (LayerNorm), adds eps after the root, or reduces over another axis, trains nearly
+    as well: only numbers tell."""
     x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     norm = RMSNorm(5, eps=0.25)
     norm.weight.data = torch.tensor([1.0, -2.0, 3.0, 0.5, 7.0])

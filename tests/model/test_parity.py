@@ -83,7 +83,9 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("theirs_at_most", "ours_at_most"), [("5GB", 5 * 10**9), ("20KB", 10**4)], ids=["one", "sharded"])
+@pytest.mark.parametrize(
+    ("theirs_at_most", "ours_at_most"), [("5GB", 5 * 10**9), ("20KB", 10**4)], ids=["one", "sharded"]
+)
 def test_there_and_back(tmp_path, name, theirs_at_most, ours_at_most):
     """A configuration that only its writer reads, or shards that only its writer can put together."""
     theirs = hf_model(name)
@@ -120,8 +122,8 @@ def test_converted_models_open_in_transformers(tmp_path):
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
 def test_biases_and_norms_of_q_and_k_stand_where_qwen_has_them(family):
-    """The two options of a shape that no Llama checkpoint exercises: a bias after the rotation, or a norm over all heads at
-    once, has the same parameters."""
+    """The two options of a shape that no Llama checkpoint exercises: a bias after the rotation, or a norm over all
+    heads at once, has the same parameters."""
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(**SIZES, **({"head_dim": 14} if family == "Qwen3" else {}))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
