@@ -8,11 +8,15 @@ import argparse
 
 import pytest
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def _names(text: str) -> list[str]:
+
+def _dtypes(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names separated by commas, as in float32,bfloat16, got {text!r}")
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise argparse.ArgumentTypeError(
+            f"unknown dtype {unknown[0]!r}; valid, with commas between: {', '.join(DTYPES)}"
+        )
     return names
 
 
@@ -28,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA where there is one"
     )
     group.addoption(
-        "--dtype", type=_names, default="float32,bfloat16", metavar="NAMES", help="default: float32,bfloat16"
+        "--dtype", type=_dtypes, default="float32,bfloat16", metavar="NAMES", help="default: float32,bfloat16"
     )
     group.addoption("--grid", choices=("quick", "full"), default="quick", help="points to measure; default: quick")
     group.addoption("--heads", type=_positive, default=32, metavar="H", help="query heads; default: 32")

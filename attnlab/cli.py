@@ -28,6 +28,7 @@ app.add_typer(quality_app, name="quality")
 app.add_typer(results_app, name="results")
 
 RUNS = Path("runs")
+STOPPED = 130  # the shell's exit code for Ctrl-C
 # typer hands its parser's usage errors out only through BadParameter's bases
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -47,8 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"attnlab: error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
+    if code == STOPPED:  # what typer makes of Ctrl-C, in some of its versions
         print("attnlab: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -95,29 +97,31 @@ def explore(
     from attnlab.progress import progress
     from attnlab.results import Run, load_results, run_folder
 
-    console, device = Console(), host.resolve_device(device)
+    device = host.resolve_device(device)
     facts = host.describe(device)
     points = points_of(grid, device, _dtypes(dtypes), heads)
     folder = run_folder(runs, facts["machine"], fresh=fresh, suffix="-speed")
-    console.print(report.described(facts))
+    print(report.described(facts), flush=True)
     with host.timing(), Run(folder) as run, progress() as advance:
         if run.repaired:
-            console.print(run.repaired)
+            print(run.repaired)
         machine = fill(run, points, device, advance)
     for line in report.roofs(machine):
-        console.print(line)
+        print(line)
     rows = load_results(folder)
     if figures:
         from attnlab.plots import draw_all
 
         paths = draw_all(rows, folder / "figures")
-        console.print(f"{len(paths)} figure files in {folder / 'figures'}")
-    console.print(report.explored(rows))
+        print(f"{len(paths)} figure files in {folder / 'figures'}")
+    timed = report.timed(rows)
+    if (timed["kind"] == "decode").any():
+        Console().print(report.explored(rows))
     for line in report.error_lines(rows):
-        console.print(line)
-    console.print(f"rows: {folder / 'rows.jsonl'}")
+        print(line)
+    print(f"rows: {folder / 'rows.jsonl'}")
     if (rows["status"] == "implausible").any():
-        console.print("some points beat their roof and are not believed: see status implausible in the rows")
+        print("some points beat their roof and are not believed: see status implausible in the rows")
         raise typer.Exit(1)
 
 
@@ -198,15 +202,17 @@ def generate(
     tokenizer = load_tokenizer(directory)
     if kv_heads is not None:
         model = to_grouped(model, kv_heads)
-    ids = tokenizer(prompt)["input_ids"]
+    ids = list(tokenizer(prompt)["input_ids"])
     tokens = torch.tensor([ids], dtype=torch.int64, device=model.embed_tokens.weight.device)
-    stamps, shown, new = [time.perf_counter()], "", []
+    # decoded together with the prompt: alone, many tokenizers drop the space before the first new word
+    shown = tokenizer.decode(ids, skip_special_tokens=True)
+    stamps = [time.perf_counter()]
 
     def on_token(step: torch.Tensor) -> None:
         nonlocal shown
-        new.append(int(step[0]))  # also waits for the device, so that the stamp is true
+        ids.append(int(step[0]))  # also waits for the device, so that the stamp is true
         stamps.append(time.perf_counter())
-        text = tokenizer.decode(new, skip_special_tokens=True)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # half a character: wait for the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text

@@ -152,6 +152,8 @@ def _cache_row(run: Run, point: Point, facts: dict[str, Any], machine: Machine) 
     else:
         cache = KVCache(shape, point.batch, point.context, getattr(torch, point.dtype), facts["device"])
         row["allocated_bytes"] = cache.nbytes
+        if cache.nbytes != predicted:
+            raise AssertionError(f"{point.label}: a cache of {cache.nbytes} bytes, predicted were {predicted}")
     run.append(key, {**facts, **configuration, **row})
 
 

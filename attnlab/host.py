@@ -82,13 +82,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _last_level_cache_bytes() -> int:
-    """Of the CPU; 32 MiB where the system does not say, which is large enough for a cold-cache rotation."""
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+def _last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Of all the CPU's last-level caches together: a large CPU has one for every dozen cores. 32 MiB where the system
+    does not say, which is large enough for a cold-cache rotation."""
+    caches: dict[tuple[int, str], int] = {}
+    for index in root.glob("cpu[0-9]*/cache/index*"):
         with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(file.read_text().strip().removesuffix("K")) * 1024)
-    return max(sizes, default=32 * 2**20)
+            level, cores, size = ((index / name).read_text().strip() for name in ("level", "shared_cpu_list", "size"))
+            caches[int(level), cores] = int(size.removesuffix("K")) * 1024
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or 32 * 2**20
 
 
 def _driver() -> str:

@@ -5,6 +5,7 @@ import statistics
 from typing import Any
 
 import pandas
+from rich.box import SIMPLE
 from rich.table import Table
 
 from attnlab.effects import effects
@@ -124,10 +125,7 @@ def milliseconds(seconds: Any) -> str:
 def compared(mine: pandas.DataFrame, reference: pandas.DataFrame) -> Table:
     """Geometric mean of mine / reference over the points that both timed, per kind, dtype and variant, ``auto``
     only."""
-    left, right = (
-        timed(rows)[[*POINT, "variant", "median", "machine", "read_bandwidth"]] for rows in (mine, reference)
-    )
-    both = left.merge(right, on=[*POINT, "variant"], suffixes=("", "_reference"))
+    both = _newest_points(mine).merge(_newest_points(reference), on=[*POINT, "variant"], suffixes=("", "_reference"))
     both = both[both["impl"] == "auto"].copy()
     if both.empty:
         raise InputError("the two runs share no timed point; measure the same grid, dtypes and heads")
@@ -147,6 +145,15 @@ def compared(mine: pandas.DataFrame, reference: pandas.DataFrame) -> Table:
         cells = [str(points[name].iloc[0]) for name in ("kind", "dtype", "variant")]
         table.add_row(*cells, str(len(points)), *(f"{number:.2f}×" for number in numbers))
     return table
+
+
+def _newest_points(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Of each timed point its newest row: a machine may have several runs."""
+    chosen = timed(rows)
+    if chosen.empty:
+        raise InputError(f"no timed rows in {', '.join(rows['run'].unique())}; measure some with: attnlab explore")
+    chosen = chosen[[*POINT, "variant", "median", "machine", "read_bandwidth", "run"]]
+    return chosen.sort_values("run").drop_duplicates(POINT, keep="last")
 
 
 def memory_numbers(
@@ -226,45 +233,24 @@ def memory_tables(numbers: dict[str, Any]) -> list[Table]:
 def quality(rows: pandas.DataFrame) -> Table:
     """Each arm's difference to MHA with its 95 % interval, the verdict, and the smallest effect these seeds would
     show."""
-    done = rows[rows["status"] == "ok"]
-    title = f"bits per byte minus MHA's, paired by seed; {int(done['tokens'].iloc[0]):,} tokens a run"
-    table = Table(title=title)
-    for heading in (
-        "variant",
-        "arm",
-        "parameters",
-        "seeds",
-        "difference",
-        "95 % interval",
-        "smallest resolvable",
-        "verdict",
-    ):
-        table.add_column(heading, justify="left" if heading in ("variant", "arm", "verdict") else "right")
-    heads = done["shape.n_heads"].iloc[0]
-    base = done[done["shape.n_kv_heads"] == heads]
-    mean, deviation = base["bits_per_byte"].mean(), base["bits_per_byte"].std()
-    table.add_row(
-        "MHA",
-        "plain",
-        f"{int(base['n_params'].iloc[0]):,}",
-        str(len(base)),
-        f"({mean:.4f} ± {deviation:.4f} sd)",
-        "",
-        "",
-        "",
+    found, done = effects(rows), rows[rows["status"] == "ok"]
+    table = Table(
+        title=f"bits per byte after {int(done['tokens'].iloc[0]):,} tokens: MHA's, and the others' minus MHA's",
+        caption="± : 95 % interval, paired by seed; verdicts count all arms together; "
+        "visible: the smallest true difference that would likely have had one",
+        box=SIMPLE,
+        pad_edge=False,
     )
-    for effect in effects(rows):
+    for heading in ("variant", "arm", "params", "seeds", "bits per byte", "visible", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("variant", "arm", "verdict") else "right")
+    base = done[done["shape.n_kv_heads"] == done["shape.n_heads"]]
+    mean, deviation = base["bits_per_byte"].mean(), base["bits_per_byte"].std()
+    count = f"{int(base['n_params'].iloc[0]):,}"
+    table.add_row("MHA", "plain", count, str(len(base)), f"{mean:.4f} (sd {deviation:.4f})", "", "")
+    for effect in found:
         same = (done["shape.n_kv_heads"] == effect.n_kv_heads) & (done["arm"] == effect.arm)
-        interval = f"{effect.mean - effect.half_width:+.4f} … {effect.mean + effect.half_width:+.4f}"
         count = f"{int(done.loc[same, 'n_params'].iloc[0]):,}"
-        table.add_row(
-            effect.variant,
-            effect.arm,
-            count,
-            str(effect.seeds),
-            f"{effect.mean:+.4f}",
-            interval,
-            f"{effect.smallest:.4f}",
-            effect.verdict,
-        )
+        difference = f"{effect.mean:+.4f} ± {effect.half_width:.4f}"
+        cells = (count, str(effect.seeds), difference, f"{effect.smallest:.4f}", effect.verdict)
+        table.add_row(effect.variant, effect.arm, *cells)
     return table

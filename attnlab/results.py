@@ -196,10 +196,10 @@ def run_folder(root: Path, machine: str, *, fresh: bool = False, suffix: str = "
     return root / machine / (time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + suffix)
 
 
-def publish(run: Path, root: Path = PUBLISHED) -> Path:
-    """Copy a finished run under ``root``/<machine>/; return where it lies. A run that is there already is refused.
+def publish(run: Path, root: Path | None = None) -> Path:
+    """Copy a finished run under ``root``/<machine>/ (``bench/results`` if None); return where it lies.
 
-    Raises ``InputError`` also where there are no rows, or no room for them; nothing half-copied stays.
+    Raises ``InputError`` for a run that is there already, has no rows, or finds no room; nothing half-copied stays.
     """
     rows = _read_rows(run / ROWS) if (run / ROWS).exists() else []
     if not rows:
@@ -207,7 +207,7 @@ def publish(run: Path, root: Path = PUBLISHED) -> Path:
     machine = str(rows[0].get("machine"))
     if not re.fullmatch(r"[a-z0-9-]+", machine):  # it becomes a folder's name
         raise InputError(f"{run / ROWS}, line 1: {machine!r} is not a machine's name")
-    target = root / machine / run.resolve().name
+    target = (root or PUBLISHED) / machine / run.resolve().name
     if target.exists():
         raise InputError(f"{target} is published already")
     partial = target.with_name(target.name + ".partial")

@@ -5,7 +5,7 @@ point measures all its arms interleaved; each test then replays its own samples,
 and ``compare`` show interleaved medians. Options: --device --dtype --grid --heads (see ../conftest.py).
 """
 
-import sys
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from attnlab import host
+from attnlab.errors import InputError
 from attnlab.explore import arms, fill_point, grid, new_inputs
 from attnlab.measure import Point, measure_machine, refreshed
 from attnlab.predict.machine import Machine
@@ -24,6 +25,7 @@ QUICK_CONTEXT = 4096
 class VirtualClock:
     """A timer that only the replayed samples advance."""
 
+    __name__ = "samples taken in turn"  # pytest-benchmark names its timer in the JSON
     now = 0.0
 
     def __call__(self) -> float:
@@ -31,6 +33,7 @@ class VirtualClock:
 
 
 CLOCK = VirtualClock()
+FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,9 +62,19 @@ def _device(option: Any) -> str:
 def run(pytestconfig: pytest.Config) -> Iterator[Run]:
     """A fresh run below runs/: what pytest-benchmark shows is also rows that the figures can draw."""
     name = host.describe(_device(pytestconfig.option))["machine"]
-    with host.timing(), Run(run_folder(Path("runs"), name, fresh=True, suffix="-bench")) as opened:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(host.timing())
+            opened = stack.enter_context(Run(run_folder(Path("runs"), name, fresh=True, suffix="-bench")))
+        except InputError as error:  # once, and not for each of a hundred tests
+            pytest.exit(str(error), returncode=2)
+        pytestconfig.stash[FOLDER] = opened.folder
         yield opened
-    print(f"\nrows: {opened.folder}", file=sys.stderr)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if FOLDER in config.stash:
+        terminalreporter.write_line(f"rows: {config.stash[FOLDER]}")
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ def test_step(
         shape = {"n_layers": 8, "dim": 512, "n_heads": 16, "n_kv_heads": g, "head_dim": 32, "name": SHAPE.name}
         return {
             "kind": "generate",
+            "impl": "auto",
             "shape": shape,
             "batch": 1,
             "context": context,

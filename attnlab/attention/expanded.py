@@ -1,6 +1,7 @@
 """What most code does: repeat K and V to H heads, then call torch's SDPA. The thing to beat.
 
-The copy alone writes and reads R times the cache, so every byte that sharing heads saved is spent again.
+The copy alone writes and reads R times the cache, so every byte that sharing heads saved is spent again. (A single
+head, G = 1, is repeated by a stride of zero, without a copy; that is what the usual spelling comes to.)
 """
 
 from torch import Tensor

@@ -37,7 +37,7 @@ class Point:
     @property
     def shape(self) -> ModelShape:
         """One layer with these heads; what surrounds attention is as small as can be."""
-        return ModelShape(1, self.n_heads * self.head_dim, self.n_heads, self.n_kv_heads, self.head_dim, 1, 1)
+        return ModelShape(1, 1, self.n_heads, self.n_kv_heads, self.head_dim, 1, 1)
 
     @property
     def queries(self) -> int:

@@ -16,9 +16,10 @@ from attnlab.predict.machine import Machine
 
 
 def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16"), rounds: int = 11) -> Machine:
-    """Measure every roof of this machine; a few seconds."""
+    """Measure every roof of this machine; a few seconds, after waiting a little for other processes to be quiet."""
     facts = host.describe(device)
-    size = (1 << 28) if device == "cpu" else (1 << 30)
+    size = _read_bytes(device)
+    host.wait_for_quiet()
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     seconds = {
@@ -44,10 +45,15 @@ def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16
 
 def refreshed(machine: Machine, dtype: str) -> Machine:
     """``machine`` with the two roofs that bind a point of ``dtype`` measured again, now."""
-    fresh = torch.ones((1 << 28) // 4 if machine.device == "cpu" else 1 << 28, device=machine.device)
+    fresh = torch.ones(_read_bytes(machine.device) // 4, device=machine.device)
     read = fresh.nbytes / statistics.median(_repeat(fresh.sum, 7, machine.device))
     rates = {name: _matmul_rate(name, machine.device) for name in {dtype, "float32"} & set(machine.matmul_rate)}
     return replace(machine, read_bandwidth=read, matmul_rate={**machine.matmul_rate, **rates})
+
+
+def _read_bytes(device: str) -> int:
+    """Enough that what is read lies in memory and in no cache."""
+    return 1 << 30 if device == "cuda" else max(1 << 28, 4 * host.describe(device)["last_level_cache_bytes"])
 
 
 def _repeat(call: Callable[[], object], rounds: int, device: str) -> list[float]:

@@ -1,4 +1,7 @@
-"""Figures: pure functions of rows (design: same rows, same bytes), by name, with a sentence on each for a gallery."""
+"""Figures: pure functions of rows, by name, each with a sentence on what it shows. Nothing here measures.
+
+Same rows, same bytes. What is not in the rows is not drawn, and said; what did not end well is not drawn either.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +21,10 @@ from attnlab.plots.variants import variants
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure by name: ``draw()`` from shapes alone, or ``draw(rows, machine)`` where ``measured``."""
+    """One figure: ``draw(rows, machine)`` where it shows measurements, ``draw()`` where it follows from shapes alone.
+
+    A ``draw`` raises ``InputError`` where the rows lack what it needs.
+    """
 
     draw: Callable[..., Figure]
     caption: str
@@ -26,17 +32,21 @@ class Chart:
 
 
 FIGURES = {
-    "variants": Chart(variants, "", False),
-    "kv_memory": Chart(kv_memory, "", False),
-    "capacity": Chart(capacity, "", False),
-    "decode_groups": Chart(decode_groups, ""),
-    "decode_context": Chart(decode_context, ""),
-    "decode_batch": Chart(decode_batch, ""),
-    "roofline": Chart(roofline, ""),
-    "prediction": Chart(prediction, ""),
-    "quality": Chart(quality, ""),
-    "tradeoff": Chart(tradeoff, ""),
+    chart.draw.__name__: chart
+    for chart in (
+        Chart(variants, "How eight query heads share eight, four, two or one KV heads, and what is stored.", False),
+        Chart(kv_memory, "KV cache of two published shapes over the tokens held, with weights and cards.", False),
+        Chart(capacity, "Which batch fits at which context on an 80 GiB card: Llama 3 8B, G = 32, 8, 1.", False),
+        Chart(decode_groups, "Time of one decode step's attention over KV heads, per implementation, and predicted."),
+        Chart(decode_context, "Time of one decode step's attention over context, per variant, and predicted."),
+        Chart(decode_batch, "Time of one decode step's attention over batch, per variant, and predicted."),
+        Chart(roofline, "Decode attention under this machine's measured roofs: attained against possible."),
+        Chart(prediction, "Predicted over measured time of every point, with median and 90th-percentile error."),
+        Chart(quality, "Loss difference from MHA with its 95 % interval, and what these runs could have shown."),
+        Chart(tradeoff, "What sharing KV heads saves in memory and time, and costs in quality."),
+    )
 }
+"""Name -> figure, in the order of a gallery."""
 
 
 def draw_all(
@@ -46,19 +56,27 @@ def draw_all(
     machine: str | None = None,
     say: Callable[[str], object] = print,
 ) -> list[Path]:
-    """Draw every figure"""
-    names = list(FIGURES) if only is None else [only] if isinstance(only, str) else list(only)
-    found: list[str] = [] if rows is None or rows.empty else sorted(rows["machine"].unique())
-    if machine is not None:
-        found = [check_choice("machine", machine, found)]
+    """Draw all figures, or ``only`` some, into ``out`` as SVG and PNG; return the files, in the order of ``FIGURES``.
+
+    Those that show measurements are drawn for every machine in ``rows``, or for ``machine``, which their file names
+    carry. A figure that ``rows`` (None: there are none) cannot fill is left out, and ``say`` is given a line on why.
+    Raises ``InputError`` on an unknown figure or machine, and where ``out`` cannot be written.
+    """
+    wanted = list(FIGURES) if only is None else [only] if isinstance(only, str) else list(only)
+    for name in wanted:
+        check_choice("figure", name, FIGURES)
+    machines: list[str] = [] if rows is None or rows.empty else sorted(rows["machine"].unique())
+    if machine is not None and machines:
+        machines = [check_choice("machine", machine, machines)]
     written = []
-    for name in names:
-        chart = FIGURES[check_choice("figure", name, FIGURES)]
+    for name, chart in FIGURES.items():
+        if name not in wanted:
+            continue
         if not chart.measured:
             written += save(chart.draw(), out / name)
-        elif not found:
+        elif not machines:
             say(f"{name} is not drawn: there are no rows")
-        for each in found if chart.measured else ():
+        for each in machines if chart.measured else []:
             try:
                 figure = chart.draw(rows, each)
             except InputError as lacking:

@@ -9,6 +9,9 @@ from attnlab.errors import InputError
 from attnlab.results import newest
 from attnlab.shapes import element_bytes
 
+GROUPS = "shape.n_kv_heads"
+_SIZES = ("batch", "context", GROUPS, "shape.n_heads", "shape.head_dim")
+
 
 def timed(rows: pandas.DataFrame, kind: str, machine: str) -> pandas.DataFrame:
     """The ``kind`` rows of ``machine``'s newest run that may be drawn: status ok, and of the (H, D) that most of them
@@ -17,7 +20,8 @@ def timed(rows: pandas.DataFrame, kind: str, machine: str) -> pandas.DataFrame:
     chosen = chosen[chosen["status"] == "ok"]
     if chosen.empty:
         raise InputError(f"no {kind} rows of {machine} ended well")
-    return commonest(chosen, ["shape.n_heads", "shape.head_dim"])
+    # Beside rows of a kind without such a size, pandas holds it as a float.
+    return commonest(chosen.astype(dict.fromkeys(_SIZES, int)), ["shape.n_heads", "shape.head_dim"])
 
 
 def commonest(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
@@ -39,8 +43,9 @@ def few(values: Iterable[Any], count: int) -> list[Any]:
 
 
 def dtypes(rows: pandas.DataFrame) -> list[str]:
-    """Distinct dtypes, widest first."""
-    return sorted(rows["dtype"].unique(), key=lambda dtype: (-element_bytes(dtype), dtype))
+    """A dtype of each width, widest first; of one width bfloat16, where it is there."""
+    by_width = {element_bytes(dtype): dtype for dtype in sorted(rows["dtype"].unique(), reverse=True)}
+    return [by_width[width] for width in sorted(by_width, reverse=True)]
 
 
 def best_arm(rows: pandas.DataFrame) -> str:
@@ -56,7 +61,7 @@ def source(rows: pandas.DataFrame) -> str:
     first = rows.iloc[0]
     device = "CPU" if first["device"] == "cpu" else "GPU"
     # Training rows have no dtype: training computes in float32.
-    kinds = dtypes(rows) if "dtype" in rows and rows["dtype"].notna().any() else ["float32"]
+    kinds = sorted(rows["dtype"].unique()) if "dtype" in rows and rows["dtype"].notna().all() else ["float32"]
     runs = ", ".join(sorted(rows["run"].unique()))
     machine = f"{device}: {first['processor']} ({first['machine']})"
     return f"{machine} · {', '.join(kinds)} · torch {first['torch']} · rows: {runs}"

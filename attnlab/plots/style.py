@@ -68,16 +68,18 @@ IMPLEMENTATIONS = {
     "grouped": (INK, "o"),
 }
 P = ParamSpec("P")
+End = tuple[float, float, str, str]
+"""Of a line: x, y, what to call it, its colour."""
+
+
+def variant_look(variant: str) -> tuple[str, str]:
+    """The one colour and the one marker of a variant; grey for a G that has none of its own."""
+    return _VARIANTS.get(variant, ("#777777", "h"))
 
 
 def variant_colour(variant: str) -> str:
-    """The one colour of a variant; grey for a G that has none."""
-    return _VARIANTS.get(variant, ("#777777", "h"))[0]
-
-
-def variant_marker(variant: str) -> str:
-    """The one marker of a variant."""
-    return _VARIANTS.get(variant, ("#777777", "h"))[1]
+    """The one colour of a variant."""
+    return variant_look(variant)[0]
 
 
 def darker(colour: str) -> str:
@@ -107,6 +109,7 @@ def canvas(title: str, subtitle: str, footer: str, height: float, **subplots: An
     """A card of the blog's width with its heading and its footer written, and axes between them."""
     figure = Figure((WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
+    subtitle = subtitle.replace(" = ", "\xa0=\xa0").replace(" %", "\xa0%")
     subtitle, footer = textwrap.fill(subtitle, 112), "\n".join(textwrap.fill(line, 140) for line in footer.split("\n"))
     top = 0.52 + 0.16 * subtitle.count("\n") + (0.14 if subtitle else 0)
     bottom = 0.28 + 0.14 * footer.count("\n")
@@ -121,6 +124,7 @@ def canvas(title: str, subtitle: str, footer: str, height: float, **subplots: An
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write ``stem``.svg and ``stem``.png; raises ``InputError`` where that is not possible."""
     written = []
+    _settle(figure)
     for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
         path, drawn = stem.with_name(f"{stem.name}.{kind}"), io.BytesIO()
         with matplotlib.style.context(["default", _SETTINGS]):
@@ -132,6 +136,19 @@ def save(figure: Figure, stem: Path) -> list[Path]:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
         written.append(path)
     return written
+
+
+def _settle(figure: Figure) -> None:
+    """Lay the axes out once and round where they stand: the layout's solver, which orders its variables by their
+    addresses, gives other last digits in every process."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        with matplotlib.style.context(["default", _SETTINGS]):
+            engine.execute(figure)
+        figure.set_layout_engine("none")
+        for axes in figure.axes:
+            left, bottom, width, height = (round(part, 4) for part in axes.get_position(original=True).bounds)
+            axes.set_position((left, bottom, width, height))
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
@@ -146,7 +163,7 @@ def tokens(count: float) -> str:
 
 
 def log_axis(
-    axes: Axes, which: str, values: Iterable[float] | None = None, name: Callable[[float], str] = "{:g}".format
+    axes: Axes, which: str, values: Iterable[float] | None = None, name: Callable[[float], str] = "{:,.10g}".format
 ) -> None:
     """Make ``which`` ("x" or "y") logarithmic with plain numbers: at each of ``values``, or 1, 2 and 5 of a decade."""
     axes.set(**{f"{which}scale": "log"})
@@ -156,8 +173,8 @@ def log_axis(
     axis.set_minor_locator(NullLocator())
 
 
-def label_ends(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, text, colour) right of the axes, at its line's end; labels that would touch are pushed apart."""
+def label_ends(axes: Axes, ends: Iterable[End]) -> None:
+    """Write the names of lines right of the axes, at their ends; names that would touch are pushed apart."""
     axes.autoscale_view()
     to_fraction = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_fraction.transform((x, y))[1]), x, y, text, colour) for x, y, text, colour in ends)

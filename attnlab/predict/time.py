@@ -31,12 +31,13 @@ class Prediction:
 def attention_bytes(
     shape: ModelShape, batch: int, queries: int, context: int, dtype: object, impl: str = "grouped"
 ) -> int:
-    """Bytes that one layer's attention moves: q and output, K and V once at G heads. ``expanded`` with G < H also
-    writes K and V at H heads and reads them back. For any other implementation this is the least it can move."""
+    """Bytes that one layer's attention moves: q and output, K and V once at G heads. ``expanded`` with 1 < G < H also
+    writes K and V at H heads and reads them back (a single head is repeated by a stride of zero, without a copy). For
+    any other implementation this is the least it can move."""
     element = element_bytes(dtype)
     own = 2 * batch * shape.n_heads * queries * shape.head_dim
     kv = 2 * batch * context * shape.head_dim
-    copies = 2 * shape.n_heads if impl == "expanded" and shape.n_kv_heads < shape.n_heads else 0
+    copies = 2 * shape.n_heads if impl == "expanded" and 1 < shape.n_kv_heads < shape.n_heads else 0
     return check_bytes("what attention moves", element * (own + kv * (shape.n_kv_heads + copies)))
 
 

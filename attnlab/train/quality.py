@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -133,16 +134,22 @@ _progress: Any
 def _start_worker(corpus: Corpus, progress: Any) -> None:
     global _corpus, _progress
     _corpus, _progress = corpus, progress
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, without a traceback here
     torch.set_num_threads(1)  # two one-thread runs side by side beat one run of two threads
 
 
-def _work(planned: Planned, checkpoint: Path) -> dict[str, Any]:
+def _leave_with_parent() -> None:
+    """End with the sweep, however it ends: after a kill -9 its workers would train on, beside those of the next start,
+    and write the same checkpoints."""
     parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
+
+def _work(planned: Planned, checkpoint: Path) -> dict[str, Any]:
     def on_step(step: int, loss: float) -> None:
-        if parent is not None and not parent.is_alive():  # killed; its successor writes the same checkpoint
-            os._exit(1)
         if step % 10 == 0:
             _progress.put((planned.label, step, planned.recipe.steps, loss))
 

@@ -67,13 +67,13 @@ def test_losses_are_those_of_a_plain_loop():
     model = Llama(SHAPE)
     first = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     second = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    losses, clipped = [], 0
+    losses, norms = [], []
     for step, windows in enumerate(text.asked):
         loss = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:])
         losses.append(loss.item())
         gradients = dict(zip(first, torch.autograd.grad(loss, list(model.parameters())), strict=True))
         norm = torch.sqrt(sum(gradient.pow(2).sum() for gradient in gradients.values()))
-        clipped += norm.item() > 1
+        norms.append(norm.item())
         rate = RECIPE.rate(step)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -83,7 +83,7 @@ def test_losses_are_those_of_a_plain_loop():
                 p *= 1 - rate * (0.1 if p.ndim == 2 else 0)
                 mean, spread = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
                 p -= rate * mean / (spread.sqrt() + 1e-8)
-    assert 2 <= clipped < len(losses)  # both cases occur
+    assert max(norms) > 2 * min(norms) > 2  # AdamW does not feel a constant factor, so the clip must vary by step
     assert seen == pytest.approx(losses, rel=2e-4)
     assert result["bits_per_byte"] == pytest.approx(bits_per_byte(model, text.validation, 7), rel=2e-4)
 

@@ -1,0 +1,110 @@
+"""The machine's own roofs, against the bytes and the products that torch was really asked for.
+
+Samples take made-up times here, so each figure can be checked: what was moved or multiplied, over the time it took.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from attnlab import host
+from attnlab.measure import roofs
+from attnlab.measure.roofs import measure_machine, refreshed
+from attnlab.predict.machine import Machine
+
+BYTES = 2**20
+READ, COPY, CALL = 0.25, 0.5, 1e-6  # seconds
+
+
+class Spy(TorchFunctionMode):
+    """What one call asked torch for: bytes read by sums, bytes copied one way, flops of products by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = self.copied = 0
+        self.flops: dict[torch.dtype, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.sum:
+            self.read = args[0].nbytes
+        elif func is Tensor.copy_:
+            self.copied = args[1].nbytes
+        elif func in (Tensor.matmul, Tensor.__matmul__):
+            left, right = args
+            self.flops[left.dtype] = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def spies(monkeypatch: pytest.MonkeyPatch) -> list[Spy]:
+    """One spy per roof measured. Products of 256 and more take 0.04 s, smaller ones next to nothing."""
+    seen: list[Spy] = []
+
+    def interleaved(
+        calls: Mapping[str, Callable[[], Tensor]], rounds: Mapping[str, int], device: str
+    ) -> dict[str, list[float]]:
+        ((name, call),) = calls.items()
+        with Spy() as spy:
+            call()
+        seen.append(spy)
+        flops = sum(spy.flops.values())
+        seconds = READ if spy.read else COPY if spy.copied else CALL
+        if flops:
+            seconds = 0.04 if flops >= 2 * 256**3 else 1e-5
+        # a lucky, an unlucky and a usual sample: the roof is the usual one
+        return {name: [seconds * factor for factor in (0.5, *[1] * (rounds[name] - 2), 9)]}
+
+    monkeypatch.setattr(roofs, "interleaved", interleaved)
+    monkeypatch.setattr(roofs, "_read_bytes", lambda device: BYTES)
+    return seen
+
+
+@pytest.mark.parametrize(("cache", "expected"), [(2**25, 2**28), (3 * 2**27, 3 * 2**29)])
+def test_what_is_read_lies_in_memory(monkeypatch: pytest.MonkeyPatch, cache: int, expected: int) -> None:
+    """On a server whose caches hold 256 MiB, reading 256 MiB again and again measures the caches."""
+    monkeypatch.setattr(host, "describe", lambda device: {"last_level_cache_bytes": cache})
+    assert roofs._read_bytes("cpu") == expected
+
+
+def test_roofs_are_work_over_time(spies: list[Spy]) -> None:
+    """A copy moves every byte twice, a product of n × n takes 2 n³ flop, and the median stands, not the luckiest
+    sample: each mistaken roof makes honest points impossible or slow ones efficient."""
+    machine = measure_machine("cpu", ("float32", "bfloat16"))
+    facts = host.describe("cpu")
+    assert (machine.name, machine.device, machine.source) == (facts["machine"], "cpu", "measured")
+    assert machine.memory_bytes == facts["memory_bytes"]
+    (read,), (copied,) = ([s.read for s in spies if s.read], [s.copied for s in spies if s.copied])
+    assert machine.read_bandwidth == pytest.approx(read / READ)
+    assert machine.copy_bandwidth == pytest.approx(2 * copied / COPY)
+    assert machine.call_seconds == pytest.approx(CALL)
+    assert read == copied == BYTES
+    assert machine.matmul_rate == pytest.approx({"float32": 2 * 256**3 / 0.04, "bfloat16": 2 * 256**3 / 0.04})
+    dtypes = [dtype for spy in spies for dtype in spy.flops]
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2  # 128, 256
+    assert set(machine.spread) == {"read_bandwidth", "copy_bandwidth", "call_seconds"}
+    assert all(spread == 0 for spread in machine.spread.values())  # quartiles pass over one lucky sample
+
+
+def test_only_what_binds_is_measured_beside_each_group(spies: list[Spy]) -> None:
+    """The roofs of a group of points are measured next to them; all of them each time would take longer than the
+    points. On a CPU float32 products bound bf16 too."""
+    machine = Machine("m", "cpu", 1.0, 2.0, {"float32": 3.0, "bfloat16": 4.0, "float16": 5.0}, 6.0, 7)
+    fresh = refreshed(machine, "bfloat16")
+    rate = pytest.approx(2 * 256**3 / 0.04)
+    assert fresh.matmul_rate == {"float32": rate, "bfloat16": rate, "float16": 5.0}
+    assert fresh.read_bandwidth == pytest.approx(BYTES / READ)
+    assert (fresh.copy_bandwidth, fresh.call_seconds, fresh.name) == (2.0, 6.0, "m")
+    assert refreshed(machine, "float32").matmul_rate == {"float32": rate, "bfloat16": 4.0, "float16": 5.0}
+    assert (machine.read_bandwidth, machine.matmul_rate["float32"]) == (1.0, 3.0)
+
+
+def test_the_smallest_call_is_a_call_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixed cost is what remains of a point when there is next to nothing to compute."""
+    output = roofs._smallest_call("cpu")()
+    assert isinstance(output, Tensor) and output.shape == (1, 8, 1, 64)
+    assert math.isclose(float(output.min()), 1) and math.isclose(float(output.max()), 1)

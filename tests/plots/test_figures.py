@@ -1,0 +1,461 @@
+"""Figures, read back: what is drawn is what the rows say, wherever it stands and however often it is drawn."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pandas
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from attnlab import plots
+from attnlab.effects import effects
+from attnlab.errors import InputError
+from attnlab.plots import FIGURES, draw_all, style
+from attnlab.predict.memory import decode_peak_bytes
+from attnlab.results import load_results
+from attnlab.shapes import ModelShape, variant_name
+
+ROOT = Path(plots.__file__).parent.parent.parent
+H, D, GROUPS, BATCHES, CONTEXTS = 12, 11, (12, 4, 2, 1), (2, 5), (131, 257, 521)
+FACTORS = {"reference": 3.1, "expanded": 7.3, "sdpa": 1.9, "grouped": 1.3, "auto": 1.31}
+QUALITY_H, QUALITY_GROUPS, SEEDS = 6, (6, 2, 1), (0, 1, 2)
+NEW, OLD, TRAINED = "20270203-000000-speed", "20260203-000000-speed", "20270301-000000-quality"
+ZEN = {"machine": "zen-2c", "device": "cpu", "processor": "Zen", "torch": "2.13.0"}
+HOPPER = {"machine": "hopper", "device": "cuda", "processor": "Hopper GPU", "torch": "2.13.0"}
+MEASURED = [name for name, chart in FIGURES.items() if chart.measured]
+
+
+def speed_rows(run: str, machine: dict[str, str], slower: float = 1.0) -> Iterator[dict[str, Any]]:
+    points = itertools.product(("float32", "bfloat16"), GROUPS, BATCHES, CONTEXTS, ("decode", "prefill"), FACTORS)
+    for number, (dtype, g, batch, context, kind, impl) in enumerate(points):
+        element, queries = (4 if dtype == "float32" else 2), (1 if kind == "decode" else context)
+        moved, flops = 2 * element * batch * context * g * D, 4 * batch * H * D * context * queries
+        predicted = max(moved / 17e9, flops / 97e9) + 3e-6
+        median = slower * predicted * FACTORS[impl] * (1 + 0.001 * (number % 89))  # no two rows alike
+        yield machine | {
+            "schema": 1,
+            "run": run,
+            "key": f"{run}{number}",
+            "kind": kind,
+            "status": "ok",
+            "shape": {"n_heads": H, "n_kv_heads": g, "head_dim": D},
+            "variant": variant_name(H, g),
+            "batch": batch,
+            "context": context,
+            "dtype": dtype,
+            "impl": impl,
+            "bytes": moved,
+            "flops": flops,
+            "median": median,
+            "q25": 0.93 * median,
+            "q75": 1.17 * median,
+            "predicted": predicted,
+            "read_bandwidth": 17e9,
+            "matmul_rate": 97e9,
+            "fraction_of_roof": max(moved / 17e9, flops / 97e9) / median,
+        }
+
+
+def quality_rows() -> Iterator[dict[str, Any]]:
+    for number, (g, arm, seed) in enumerate(itertools.product(QUALITY_GROUPS, ("plain", "matched"), SEEDS)):
+        if g < QUALITY_H or arm == "plain":
+            loss = 2.1 + 0.05 * seed + 0.01 * (QUALITY_H - g) + 0.003 * (number * 7 % 5)
+            yield ZEN | {
+                "schema": 1,
+                "run": TRAINED,
+                "key": f"q{number}",
+                "kind": "quality",
+                "status": "ok",
+                "experiment": "first",
+                "corpus": "c",
+                "shape": {"n_heads": QUALITY_H, "n_kv_heads": g},
+                "arm": arm,
+                "seed": seed,
+                "tokens": 7_000_000,
+                "n_params": 530_000,
+                "bits_per_byte": loss,
+                "curve": [[1_000_000, loss + 1.3], [3_000_000, loss + 0.4], [7_000_000, loss + 0.01]],
+            }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two machines: an old and a new one of zen-2c, which also trained; one of hopper, without training."""
+    rows = [*speed_rows(NEW, ZEN), *speed_rows(OLD, ZEN, slower=1000), *quality_rows(), *speed_rows(NEW, HOPPER)]
+    for row in rows:
+        if row["impl" if "impl" in row else "kind"] == "sdpa" and row["context"] == 257 and row["run"] == NEW:
+            row |= {"status": "implausible", "median": 1e-9, "q25": 1e-9, "q75": 1e-9, "reason": "too fast"}
+    folder = tmp_path_factory.mktemp("rows")
+    for (machine, run), some in itertools.groupby(rows, key=lambda row: (row["machine"], row["run"])):
+        path = folder / machine / run / "rows.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> pandas.DataFrame:
+    return load_results(folder)
+
+
+@dataclass
+class Drawn:
+    """What one ``draw_all`` of zen-2c wrote: figures by name, and each figure's letters with where they stand."""
+
+    out: Path
+    files: list[Path] = field(default_factory=list)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    letters: dict[str, list[tuple[Text, Bbox]]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def drawn(rows: pandas.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    result, draw = Drawn(tmp_path_factory.mktemp("figures")), Text.draw
+    letters: dict[Text, Bbox] = {}
+
+    def recorded(text: Text, renderer: Any) -> None:
+        if text.get_text() and isinstance(renderer, RendererAgg):
+            letters[text] = Text.get_window_extent(text, renderer)
+        draw(text, renderer)
+
+    def kept(figure: Figure, stem: Path) -> list[Path]:
+        letters.clear()
+        written = style.save(figure, stem)
+        name = stem.name.split(".")[0]
+        result.figures[name], result.letters[name] = figure, list(letters.items())
+        return written
+
+    with pytest.MonkeyPatch.context() as during:
+        during.setattr(Text, "draw", recorded)
+        during.setattr(plots, "save", kept)
+        result.files = draw_all(rows, result.out, machine="zen-2c")
+    return result
+
+
+def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    """Label -> x, y of every line and every error bar's middle."""
+    found = {line.get_label(): line for line in axes.get_lines()}
+    found |= {bars.get_label(): bars.lines[0] for bars in axes.containers if isinstance(bars, ErrorbarContainer)}
+    return {
+        label: (numpy.asarray(line.get_xdata()).tolist(), numpy.asarray(line.get_ydata()).tolist())
+        for label, line in found.items()
+    }
+
+
+def panel(figure: Figure, title: str) -> Axes:
+    return next(axes for axes in figure.axes if axes.get_title(loc="left") == title)
+
+
+def chosen(rows: pandas.DataFrame, **values: Any) -> pandas.DataFrame:
+    """Rows of the new run of zen-2c that ended well, by column; ``g`` for the KV heads."""
+    mine = rows[(rows["machine"] == "zen-2c") & (rows["run"] == NEW) & (rows["status"] == "ok")]
+    for column, value in values.items():
+        mine = mine[mine["shape.n_kv_heads" if column == "g" else column] == value]
+    return mine
+
+
+def milliseconds(column: pandas.Series) -> Any:
+    return pytest.approx([1e3 * value for value in column], rel=1e-12)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_two_files_and_names_its_machine(drawn: Drawn) -> None:
+    """A figure of one machine overwrote another's where the name did not say which."""
+    stems = [name + (".zen-2c" if chart.measured else "") for name, chart in FIGURES.items()]
+    assert [path.name for path in drawn.files] == [f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")]
+    assert all(0 < path.stat().st_size < 300_000 for path in drawn.files)
+    assert all(chart.caption.endswith(".") for chart in FIGURES.values())
+
+
+def test_same_rows_same_bytes(folder: Path, drawn: Drawn) -> None:
+    """Dates, versions, ids, hash order or a user's matplotlib settings in the files would make every redraw a change.
+    Drawn again by another process with other settings; which also finds that figures come without torch."""
+    again = ["variants", "decode_batch", "roofline", "quality", "tradeoff"]  # every kind of mark; `make drift` does all
+    code = f"""
+import sys, matplotlib
+matplotlib.rcParams.update({{"font.size": 31, "axes.facecolor": "black", "svg.fonttype": "none", "lines.linewidth": 9}})
+from pathlib import Path
+from attnlab.plots import draw_all
+from attnlab.results import load_results
+draw_all(load_results({str(folder)!r}), Path({str(drawn.out / "again")!r}), {again!r}, machine="zen-2c")
+assert not {{"torch", "matplotlib.pyplot"}} & set(sys.modules)
+"""
+    environment = os.environ | {"PYTHONHASHSEED": "17", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, env=environment)
+    redrawn = list((drawn.out / "again").iterdir())
+    assert len(redrawn) == 2 * len(again)
+    for path in redrawn:
+        content = path.read_bytes()
+        assert content == (drawn.out / path.name).read_bytes(), path.name
+        assert b"atplotlib v" not in content and b"dc:date" not in content
+    # The layout's last digits differ between processes, seldom enough to pass the comparison: they must be rounded off.
+    places = [
+        10**4 * part
+        for figure in drawn.figures.values()
+        for axes in figure.axes
+        for part in axes.get_position(True).bounds
+    ]
+    assert all(abs(place - round(place)) < 1e-6 for place in places)
+
+
+def test_letters_are_inside_and_apart(drawn: Drawn) -> None:
+    """Clipped or overlapping labels are the commonest fault of generated charts, and nobody looks at all of them."""
+    for name, figure in drawn.figures.items():
+        size = [style.DPI * inches for inches in figure.get_size_inches()]
+        letters = drawn.letters[name]
+        assert len(letters) > 15, name
+        for text, box in letters:
+            assert 0 <= box.x0 < box.x1 <= size[0] and 0 <= box.y0 < box.y1 <= size[1], (name, text.get_text())
+        level = [(text, box) for text, box in letters if text.get_rotation() in (0, 90)]
+        for (one, a), (other, b) in itertools.combinations(level, 2):
+            across, up = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert min(across, up) < 1.5, (name, one.get_text(), other.get_text())
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_footer_says_what_drew_it(drawn: Drawn, rows: pandas.DataFrame, name: str) -> None:
+    """A CPU's figure passed on without saying so is read as a GPU's."""
+    words = " ".join(text.get_text() for text in drawn.figures[name].texts).replace("\n", " ")
+    assert "CPU: Zen (zen-2c)" in words and "GPU" not in words
+    assert "float32" in words
+    assert (TRAINED if name == "quality" else NEW) in words and OLD not in words
+    if name not in ("quality", "tradeoff"):
+        assert "bfloat16, float32" in words
+    if name == "decode_groups":
+        words = " ".join(text.get_text() for text in FIGURES[name].draw(rows, "hopper").texts)
+        assert "GPU: Hopper GPU (hopper)" in words and "CPU" not in words
+
+
+def test_a_figure_from_shapes_says_so(drawn: Drawn) -> None:
+    """A computed curve must not be taken for a measurement."""
+    for name in sorted(set(FIGURES) - set(MEASURED)):
+        words = " ".join(text.get_text() for text in drawn.figures[name].texts)
+        assert "o measurement" in words and "bfloat16" in words
+
+
+# --- what is not there ----------------------------------------------------------------------------------------------
+
+
+def test_absent_rows_are_said_and_not_drawn_empty(rows: pandas.DataFrame, tmp_path: Path) -> None:
+    """An empty chart looks like a result."""
+    said: list[str] = []
+    assert draw_all(None, tmp_path, only=["decode_groups", "quality"], say=said.append) == []
+    assert draw_all(rows[rows["status"] == "oom"], tmp_path, only="quality", say=said.append) == []
+    assert draw_all(rows, tmp_path, only="quality", machine="hopper", say=said.append) == []
+    one_batch = rows[rows["batch"] == 2]
+    assert draw_all(one_batch, tmp_path, only="decode_batch", machine="hopper", say=said.append) == []
+    assert draw_all(rows[rows["kind"] == "quality"], tmp_path, only="tradeoff", say=said.append) == []
+    assert said == [
+        "decode_groups is not drawn: there are no rows",
+        "quality is not drawn: there are no rows",
+        "quality is not drawn: there are no rows",
+        "quality.hopper is not drawn: no quality rows of hopper ended well",
+        "decode_batch.hopper is not drawn: decode rows of hopper have one batch B (sequences) only, a curve needs two",
+        "tradeoff.zen-2c is not drawn: no decode rows of zen-2c ended well",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_names_and_unwritable_folders_are_refused(rows: pandas.DataFrame, tmp_path: Path) -> None:
+    """A misspelled --only used to draw nothing and succeed."""
+    with pytest.raises(InputError, match="unknown figure 'decode_group'; did you mean decode_groups"):
+        draw_all(rows, tmp_path, only="decode_group")
+    with pytest.raises(InputError, match="unknown machine 'zen'"):
+        draw_all(rows, tmp_path, machine="zen")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        draw_all(rows, tmp_path / "file", only="capacity")
+
+
+def test_what_did_not_end_well_is_not_drawn(drawn: Drawn) -> None:
+    """The times of implausible rows, one nanosecond here, are the first thing a reader would quote."""
+    assert "sdpa" not in lines(panel(drawn.figures["decode_groups"], "float32, context 257"))
+    assert "sdpa" in lines(panel(drawn.figures["decode_groups"], "float32, context 131"))
+    for name in ("decode_groups", "decode_context", "decode_batch", "prediction"):
+        for axes in drawn.figures[name].axes:
+            assert all(min(y) > 1e-4 for _, y in lines(axes).values())
+
+
+# --- numbers, read back ---------------------------------------------------------------------------------------------
+
+
+def test_variants_connect_each_query_head_to_its_own_kv_head(drawn: Drawn) -> None:
+    """Drawing tiled heads (h mod G) for contiguous groups (h // R) is the mistake the figure is there to prevent."""
+    drawings = drawn.figures["variants"].axes[0].get_lines()
+    assert len(drawings) == 4 * 8
+    for number, line in enumerate(drawings):
+        g, h = (8, 4, 2, 1)[number // 8], number % 8
+        mates = [other for other in range(8) if other // (8 // g) == h // (8 // g)]
+        assert list(line.get_xdata()) == [h, sum(mates) / len(mates)]
+
+
+def test_cache_and_cards_are_in_gib_and_gb_by_their_right_names(drawn: Drawn) -> None:
+    """141 GB drawn at 141 GiB promises ten gibibytes that are not there."""
+    small, large = drawn.figures["kv_memory"].axes
+    assert small.get_ylabel() == "KV cache (GiB)"
+    words = {text.get_text() for text in small.texts}
+    assert {"RTX 4090: 24 GiB", "A100, H100: 80 GiB", "H200: 131 GiB (141 GB)", "weights 15 GiB"} <= words
+    levels = sorted(y[0] for label, (x, y) in lines(small).items() if x == [0, 1])
+    assert levels == pytest.approx([8_030_261_248 * 2 / 2**30, 24, 80, 141e9 / 2**30])
+    assert lines(small)["GQA-8"][1][-1] == 128 and lines(small)["MHA"][1][-1] == 512  # KiB a token x 2^20 tokens
+    assert lines(large)["GQA-8"][1][-1] == 320 and lines(large)["MQA"][0][-1] == 2**20
+
+
+def test_capacity_is_the_last_batch_that_fits(drawn: Drawn) -> None:
+    """One sequence more than fits is an out-of-memory in the reader's hands."""
+    shape, card = ModelShape.published("llama-3-8b"), 80 * 2**30
+    (axes,) = drawn.figures["capacity"].axes
+    for variant, g in (("MHA", 32), ("GQA-8", 8), ("MQA", 1)):
+        grouped = shape.with_kv_heads(g)
+        for context, batch in list(zip(*lines(axes)[variant], strict=True))[-64:]:
+            assert decode_peak_bytes(grouped, batch, context).total <= card
+            assert decode_peak_bytes(grouped, batch, context + 1).total > card
+        context, batch = (values[0] for values in lines(axes)[f"{variant}, marked"])
+        assert context == 8192
+        assert decode_peak_bytes(grouped, batch, 8192).total <= card < decode_peak_bytes(grouped, batch + 1, 8192).total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_groups_draws_the_newest_rows(drawn: Drawn, rows: pandas.DataFrame, dtype: str) -> None:
+    """A chart drawn from a stale run, or joined in another order than its x axis, looks as good as a right one."""
+    for context in CONTEXTS:
+        axes = panel(drawn.figures["decode_groups"], f"{dtype}, context {context}")
+        seen = lines(axes)
+        for impl in sorted(set(FACTORS) - ({"sdpa"} if context == 257 else set())):
+            arm = chosen(rows, kind="decode", dtype=dtype, context=context, batch=2, impl=impl).sort_values(
+                "shape.n_kv_heads"
+            )
+            assert seen[impl][0] == [1, 2, 4, 12]
+            assert seen[impl][1] == milliseconds(arm["median"])
+            if impl in ("grouped", "expanded"):
+                assert seen[f"{impl}, predicted"][1] == milliseconds(arm["predicted"])
+            if impl != "auto":
+                bars = next(bars for bars in axes.containers if bars.get_label() == impl)
+                ends = [(low[1], high[1]) for low, high in bars.lines[2][0].get_segments()]
+                assert [low for low, _ in ends] == milliseconds(arm["q25"])
+                assert [high for _, high in ends] == milliseconds(arm["q75"])
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "fixed"), [("decode_context", "context", "batch"), ("decode_batch", "batch", "context")]
+)
+def test_curves_of_variants_are_the_rows(drawn: Drawn, rows: pandas.DataFrame, name: str, x: str, fixed: str) -> None:
+    """Rows of another batch or context in a line make a curve that no machine has."""
+    for dtype, value in itertools.product(("float32", "bfloat16"), (2, 5) if fixed == "batch" else (131, 521)):
+        seen = lines(panel(drawn.figures[name], f"{dtype}, {fixed} {value}"))
+        for g in GROUPS:
+            mine = chosen(rows, kind="decode", dtype=dtype, g=g, **{fixed: value}).sort_values(x)
+            auto, usual = mine[mine["impl"] == "auto"], mine[mine["impl"] == "expanded"]
+            variant = variant_name(H, g)
+            assert seen[variant] == (list(auto[x]), milliseconds(auto["median"]))
+            assert seen[f"{variant}, predicted"][1] == milliseconds(auto["predicted"])
+            if g < H:
+                assert seen[f"{variant}, expanded"][1] == milliseconds(usual["median"])
+            else:
+                assert f"{variant}, expanded" not in seen  # nothing to expand
+
+
+def test_roofline_marks_each_variants_fastest(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """auto hides which implementation won, and a slower arm named as the best undersells the machine."""
+    for axes, dtype in zip(drawn.figures["roofline"].axes, ("float32", "bfloat16"), strict=True):
+        x, y = lines(axes)["roof"]
+        assert y[1:] == [97, 97] and y[0] / x[0] == pytest.approx(17) and x[1] == pytest.approx(97 / 17)
+        names = " ".join(text.get_text() for text in axes.texts)
+        for g in GROUPS:
+            arms = chosen(rows, kind="decode", dtype=dtype, g=g, batch=5, context=521)
+            best = arms[arms["impl"] == "grouped"].iloc[0]
+            (intensity,), (rate,) = lines(axes)[variant_name(H, g)]
+            assert intensity == pytest.approx(H / g * (1 if dtype == "bfloat16" else 0.5))
+            assert rate == pytest.approx(best["flops"] / best["median"] / 1e9)
+            assert f"{variant_name(H, g)}, grouped: {100 * best['fraction_of_roof']:.0f} %" in names
+
+
+def test_prediction_counts_every_point_of_grouped(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """An error quoted over a chosen subset, or over the prediction in place of the measurement, flatters."""
+    (axes,) = drawn.figures["prediction"].axes
+    for kind in ("decode", "prefill"):
+        mine = chosen(rows, kind=kind, impl="grouped")
+        drawings = [line for label, line in lines(axes).items() if label.startswith(kind)]
+        seen = sorted(point for line in drawings for point in zip(*line, strict=True))
+        assert seen == sorted(zip((1e3 * mine["median"]).tolist(), (1e3 * mine["predicted"]).tolist(), strict=True))
+        errors = sorted((mine["predicted"] / mine["median"] - 1).abs())
+        assert len(errors) == 48
+        median, most = 50 * (errors[23] + errors[24]), 100 * (errors[42] + 0.3 * (errors[43] - errors[42]))
+        said = f"{kind}, 48 points: median error {median:.0f} %, 90th percentile {most:.0f} %"
+        assert said in axes.get_title(loc="left")
+
+
+def test_quality_shows_intervals_seeds_and_what_was_missed(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """A mean without its interval, or the matched arm in place of the plain one, is a claim nobody can check."""
+    left, right = drawn.figures["quality"].axes
+    found = effects(rows[rows["kind"] == "quality"])
+    assert [(effect.variant, effect.arm) for effect in found] == list(
+        itertools.product(("GQA-2", "MQA"), ("plain", "matched"))
+    )
+    dots = [line for line in left.get_lines() if line.get_label() == "seeds"]
+    missed = [bar for bars in left.containers if bars.get_label() == "missed" for bar in bars]
+    for effect, seeds, bar in zip(found, dots, missed, strict=True):
+        bars = next(bars for bars in left.containers if bars.get_label() == f"{effect.variant}, {effect.arm}")
+        ((low, _), (high, _)) = bars.lines[2][0].get_segments()[0]
+        assert (low, high) == pytest.approx((effect.mean - effect.half_width, effect.mean + effect.half_width))
+        assert list(seeds.get_xdata()) == pytest.approx(effect.differences)
+        assert (bar.get_x(), bar.get_width()) == pytest.approx((-effect.smallest, 2 * effect.smallest))
+        assert f"{effect.arm}: {effect.verdict}" in [text.get_text() for text in left.texts]
+        assert bars.lines[0].get_markerfacecolor() == (
+            style.PAPER if effect.arm == "matched" else bars.lines[0].get_color()
+        )
+    curves = lines(right)
+    assert len(curves) == 15 and curves["MQA, matched, seed 2"][0] == [1, 3, 7]
+
+
+def test_tradeoff_shares_r_and_not_g(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """GQA-4 of 12 heads shares 3 to 1, GQA-2 of 6 heads too: lined up by G, time and loss of different things meet."""
+    cache, time, loss = drawn.figures["tradeoff"].axes
+    assert [text.get_text() for text in cache.get_yticklabels()] == ["R = 1", "R = 3", "R = 6", "R = 12"]
+    stored = [bar.get_width() for bars in cache.containers for bar in bars]
+    assert stored == pytest.approx([100, 100 / 3, 100 / 6, 100 / 12])
+    mine = chosen(rows, kind="decode", dtype="bfloat16", impl="auto", context=521, batch=2)
+    ratios = 100 * mine["median"] / mine["median"].iloc[0]
+    bars = [bars for bars in time.containers if not isinstance(bars, ErrorbarContainer)]
+    assert [bar.get_width() for each in bars for bar in each] == pytest.approx(list(ratios))
+    predicted = [line.get_xdata()[0] for line in time.get_lines() if line.get_label() == "predicted"]
+    assert predicted == pytest.approx(list(100 * mine["predicted"] / mine["predicted"].iloc[0]))
+    assert [text.get_text() for text in loss.texts] == ["MHA", "GQA-2", "MQA", "not trained"]
+    heights = {label: y[0] for label, (_, y) in lines(loss).items() if "plain" in label}
+    assert {label: round(y) for label, y in heights.items()} == {"GQA-2, plain": -1, "MQA, plain": -2}
+
+
+def test_tradeoff_of_a_machine_that_did_not_train_names_the_one_that_did(rows: pandas.DataFrame) -> None:
+    """Loss does not depend on the machine, but its rows come from somewhere."""
+    footer = FIGURES["tradeoff"].draw(rows, "hopper").texts[-1].get_text()
+    assert "time: GPU: Hopper GPU (hopper)" in footer and "loss: CPU: Zen (zen-2c)" in footer
+    assert NEW in footer and TRAINED in footer
+
+
+def test_a_variant_has_one_colour_everywhere(drawn: Drawn) -> None:
+    """A reader who learned a colour in one figure reads the next by it."""
+    colours: dict[str, set[str]] = {}
+    for name in ("kv_memory", "capacity", "decode_context", "decode_batch", "roofline", "quality"):
+        for axes in drawn.figures[name].axes:
+            for line in axes.get_lines():
+                label = str(line.get_label()).split(",")[0]
+                if label in ("MHA", "GQA-4", "GQA-2", "MQA") and "expanded" not in str(line.get_label()):
+                    colours.setdefault(label, set()).add(str(line.get_color()))
+    colours["MHA"].discard(style.INK)  # the zero line of differences
+    assert {len(found) for found in colours.values()} == {1}
+    assert len(set.union(*colours.values())) == 4

@@ -1,0 +1,65 @@
+"""The README's output is what the published rows say, to the letter. Rewrite it: python tests/test_readme.py"""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from attnlab import report
+from attnlab.results import PUBLISHED, headline, load_results, newest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BLOCK = re.compile(r"<!-- output: (\w+) -->\n```\n(.*?)```", re.DOTALL)
+
+
+def shown(*parts):
+    """``parts`` as a terminal of 100 columns shows them."""
+    console = Console(file=io.StringIO(), width=100)
+    for part in parts:
+        console.print(part, highlight=False)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def outputs():
+    """Name of a block -> what it must hold."""
+    rows, machine = load_results(PUBLISHED), headline()
+    run = newest(rows, "decode", machine)["run"].iloc[0]
+    speed = load_results(PUBLISHED / machine / run)
+    return {
+        "explore": shown(report.explored(speed), *report.error_lines(speed)),
+        "findings": shown(*report.findings(rows, machine)),
+        "quality": shown(report.quality(newest(rows, "quality", machine))),
+    }
+
+
+@pytest.mark.parametrize("name", ["explore", "findings", "quality"])
+def test_output_is_what_the_rows_say(name):
+    """A number typed by hand, or left over from an older run, is how published tables go wrong."""
+    blocks = dict(BLOCK.findall(README.read_text(encoding="utf-8")))
+    assert blocks[name] == outputs()[name]
+
+
+def test_links_and_pictures_exist():
+    """A front page that points to a renamed notebook, or to a figure of another machine."""
+    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+def test_example_runs():
+    """Code on a front page that raises is the first thing a newcomer meets."""
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def rewrite():
+    """Put the current outputs into the README."""
+    new = outputs()
+    text = README.read_text(encoding="utf-8")
+    README.write_text(BLOCK.sub(lambda m: f"<!-- output: {m[1]} -->\n```\n{new[m[1]]}```", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    rewrite()

@@ -1,0 +1,301 @@
+"""Tables in the terminal, against rows small enough to work out by hand."""
+
+import io
+import math
+from typing import Any
+
+import pandas
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from attnlab.errors import InputError
+from attnlab.predict.machine import Machine
+from attnlab.predict.memory import decode_peak_bytes, decode_read_bytes, kv_cache_bytes, max_batch
+from attnlab.report import (
+    compared,
+    described,
+    error_lines,
+    explored,
+    memory_numbers,
+    memory_tables,
+    milliseconds,
+    prediction_errors,
+    quality,
+    roofs,
+)
+from attnlab.shapes import ModelShape
+
+
+def row(impl: str, g: int, median: float, **more: Any) -> dict[str, Any]:
+    """One decode row of H = 6 and D = 10 at context 7, batch 2."""
+    names = {6: "MHA", 1: "MQA"}
+    return {
+        "kind": "decode",
+        "status": "ok",
+        "run": "r1",
+        "machine": "m-1",
+        "shape.n_heads": 6,
+        "shape.n_kv_heads": g,
+        "shape.head_dim": 10,
+        "variant": names.get(g, f"GQA-{g}"),
+        "batch": 2,
+        "context": 7,
+        "queries": 1,
+        "dtype": "float32",
+        "impl": impl,
+        "median": median,
+        "predicted": median,
+        "fraction_of_roof": 0.5,
+        "read_bandwidth": 8e9,
+    } | more
+
+
+def lines(table: Table) -> list[list[str]]:
+    """The table's lines at 100 columns, each cut into its words."""
+    console = Console(width=100, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text.replace(" … ", ""), "a cell was cut"
+    return [line.replace("│", " ").replace("┃", " ").split() for line in text.split("\n")]
+
+
+# --- what a run found -----------------------------------------------------------------------------------------------
+
+
+def test_explored_shows_the_row_it_names() -> None:
+    """The time of another dtype, context or batch in the right column looks like any other time."""
+    rows = pandas.DataFrame(
+        [
+            row("auto", 6, 0.0080, predicted=0.0100, fraction_of_roof=0.811, context=9),
+            row("auto", 2, 0.0040, predicted=0.0030, fraction_of_roof=0.622, context=9),
+            row("expanded", 6, 0.0081, context=9),
+            row("expanded", 2, 0.0123, context=9),
+            row("grouped", 2, 0.0555, context=9),
+            row("auto", 2, 0.0016, predicted=0.0020, dtype="bfloat16", context=9),
+            row("auto", 2, 0.0777, context=7),  # a shorter context
+            row("auto", 2, 0.0888, context=9, batch=4),  # a larger batch
+            row("auto", 2, 0.0999, context=9, kind="prefill", queries=9),
+            row("auto", 1, 0.0001, context=9, status="implausible"),
+            row("auto", 1, math.nan, context=11, status="oom"),
+        ]
+    )
+    shown = lines(explored(rows))
+    assert ["MHA", "float32", "480", "8.1", "ms", "8", "ms", "10", "ms", "+25%", "81%"] in shown
+    assert ["GQA-2", "float32", "160", "12.3", "ms", "4", "ms", "3", "ms", "-25%", "62%"] in shown
+    assert ["GQA-2", "bfloat16", "80", "–", "1.6", "ms", "2", "ms", "+25%", "50%"] in shown
+    assert sum("ms" in line for line in shown) == 3
+    title = " ".join(word for line in shown[:3] for word in line)
+    assert "context 9, batch 2" in title and "m-1" in title
+
+
+def test_a_run_without_times_is_one_clear_error() -> None:
+    """An empty table with headings says that nothing was slow."""
+    with pytest.raises(InputError, match="no timed decode rows in this run; let it go on with: attnlab explore"):
+        explored(pandas.DataFrame([row("auto", 2, math.nan, status="oom"), row("auto", 2, 1.0, kind="prefill")]))
+
+
+def test_prediction_errors_are_relative_to_what_was_measured() -> None:
+    """Relative to the prediction, or with a sign that cancels, a bad model looks good. Rows nobody believes are left
+    out."""
+    rows = pandas.DataFrame(
+        [
+            row("grouped", 6, 2.0, predicted=1.0),  # 50 %
+            row("grouped", 2, 1.0, predicted=2.0),  # 100 %
+            row("grouped", 1, 4.0, predicted=3.0),  # 25 %
+            row("grouped", 1, 1.0, predicted=9.0, status="implausible"),
+            row("auto", 6, 1.0, predicted=9.0),
+            row("grouped", 3, 10.0, predicted=9.0, kind="prefill"),  # 10 %
+        ]
+    )
+    assert list(prediction_errors(rows)) == [0.5, 1.0, 0.25]
+    assert list(prediction_errors(rows, impl="auto")) == [8.0]
+    assert list(prediction_errors(rows, kind="prefill")) == pytest.approx([0.1])
+    assert error_lines(rows) == [
+        "6 rows: 5 ok, 1 implausible.",
+        "Prediction of decode (grouped, 3 points): median error 50%, 90th percentile 90%.",
+        "Prediction of prefill (grouped, 1 points): median error 10%, 90th percentile 10%.",
+    ]
+    assert error_lines(rows[rows["status"] != "ok"]) == ["1 rows: 1 implausible."]
+
+
+def test_milliseconds() -> None:
+    """A missing time is a dash, not nan."""
+    assert [milliseconds(x) for x in (0.0123456, 2.5e-6, 3.0)] == ["12.3 ms", "0.0025 ms", "3e+03 ms"]
+    assert [milliseconds(x) for x in (None, math.nan)] == ["–", "–"]
+
+
+def test_a_machine_in_a_few_lines() -> None:
+    """GB for GiB, or flop/s for Gflop/s, and the reader compares another machine."""
+    facts = {
+        "processor": "EPYC",
+        "cores": 2,
+        "capability": "avx2",
+        "memory_bytes": 24 * 2**30,
+        "torch": "2.13.0",
+    }
+    assert described(facts) == "EPYC, 2 CPU cores, avx2, 24 GiB; torch 2.13.0"
+    machine = Machine(
+        "m", "cpu", 12.3e9, 9.87e9, {"float32": 98.7e9, "bfloat16": 1.5e9}, 7e-6, 2, spread={"read_bandwidth": 0.04}
+    )
+    assert roofs(machine) == [
+        "reads 12.3 GB/s (interquartile range 4%)",
+        "copies 9.87 GB/s, read + write",
+        "multiplies float32 at 98.7 Gflop/s",
+        "multiplies bfloat16 at 1.5 Gflop/s",
+        "a call costs 7 µs",
+    ]
+
+
+# --- two machines ---------------------------------------------------------------------------------------------------
+
+
+def test_compared_is_a_geometric_mean_of_shared_points() -> None:
+    """An arithmetic mean of ratios depends on which machine stands below the line; points that one of the two has not
+    timed, or other sizes, are no comparison at all."""
+    mine = pandas.DataFrame(
+        [
+            row("auto", 2, 8.0),
+            row("auto", 2, 1.0, context=9),
+            row("auto", 1, 3.0),
+            row("auto", 2, 1.0, dtype="bfloat16"),
+            row("auto", 6, 5.0, status="implausible"),
+            row("grouped", 2, 100.0),
+            row("auto", 2, 5.0, context=11),  # which the reference lacks
+            row("auto", 2, 6.0, kind="prefill", queries=7),
+        ]
+    )
+    reference = pandas.DataFrame(
+        [
+            row("auto", 2, 2.0),
+            row("auto", 2, 1.0, context=9),
+            row("auto", 1, 6.0),
+            row("auto", 2, 4.0, dtype="bfloat16"),
+            row("auto", 6, 5.0),
+            row("grouped", 2, 1.0),
+            row("auto", 2, 3.0, kind="prefill", queries=7),
+        ]
+    ).assign(machine="m-2", read_bandwidth=16e9)
+    table = compared(mine, reference)
+    shown = lines(table)
+    # ratios 4 and 1: their geometric mean is 2, the arithmetic one 2.5
+    assert [line for line in shown if line and line[0] in ("decode", "prefill")] == [
+        ["decode", "bfloat16", "GQA-2", "1", "0.25×", "0.25×", "0.25×"],
+        ["decode", "float32", "GQA-2", "2", "2.00×", "1.00×", "4.00×"],
+        ["decode", "float32", "MQA", "1", "0.50×", "0.50×", "0.50×"],
+        ["prefill", "float32", "GQA-2", "1", "2.00×", "2.00×", "2.00×"],
+    ]
+    assert table.title == "m-1 (reads 8 GB/s) beside m-2 (reads 16 GB/s)"
+
+
+def test_compared_takes_each_points_newest_row() -> None:
+    """A published machine has a run per release: each point would count once per run, and the old ones as much as the
+    new."""
+    old = [row("auto", 2, 1.0, run="20260101"), row("auto", 1, 4.0, run="20260101")]
+    new = [row("auto", 2, 8.0, run="20260102"), row("auto", 6, 9.0, run="20260102")]
+    for rows in (old + new, new + old):
+        shown = lines(compared(pandas.DataFrame([row("auto", 2, 4.0), row("auto", 1, 4.0)]), pandas.DataFrame(rows)))
+        assert ["decode", "float32", "GQA-2", "1", "0.50×", "0.50×", "0.50×"] in shown
+        assert ["decode", "float32", "MQA", "1", "1.00×", "1.00×", "1.00×"] in shown
+
+
+def test_runs_that_share_nothing_are_one_clear_error() -> None:
+    """An empty table says that the machines are alike; rows of a training sweep lack even the columns."""
+    mine = pandas.DataFrame([row("auto", 2, 1.0)])
+    with pytest.raises(InputError, match="the two runs share no timed point; measure the same grid, dtypes and heads"):
+        compared(mine, pandas.DataFrame([row("auto", 2, 1.0, context=9)]))
+    trained = pandas.DataFrame([{"kind": "quality", "status": "ok", "run": "r7", "machine": "m-1"}])
+    for pair in ((mine, trained), (trained, mine)):
+        with pytest.raises(InputError, match="no timed rows in r7; measure some with: attnlab explore"):
+            compared(*pair)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+SHAPE = ModelShape(3, 26, 12, 4, 10, 34, 58, name="small")
+CARD = Machine("card", "cuda", 1.0, 1.0, {"float32": 1.0}, 1.0, 10**6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_numbers_are_the_models(ranks: int) -> None:
+    """A table that computes bytes by itself will one day disagree with the predictor it stands for."""
+    numbers = memory_numbers(SHAPE, 5, 7, "bfloat16", "float8", ranks, CARD)
+    arguments = ("bfloat16", "float8", ranks)
+    peak = decode_peak_bytes(SHAPE, 5, 7, *arguments)
+    assert numbers["peak"] == {**peak.terms(), "total": peak.total}
+    assert numbers["read_per_step_bytes"] == decode_read_bytes(SHAPE, 5, 7, *arguments)
+    assert numbers["kv_bytes_per_token"] == 2 * 3 * 4 * 10  # one byte each
+    assert (numbers["model"], numbers["variant"], numbers["n_params"]) == ("small", "GQA-4", SHAPE.n_params)
+    assert (numbers["card"], numbers["card_bytes"]) == ("card", 10**6)
+    # two ranks cannot share three heads evenly
+    assert [variant["n_kv_heads"] for variant in numbers["variants"]] == [
+        g for g in (12, 6, 4, 3, 2, 1) if g != 3 or ranks == 1
+    ]
+    for variant in numbers["variants"]:
+        shape = SHAPE.with_kv_heads(variant["n_kv_heads"])
+        assert variant == {
+            "variant": shape.variant,
+            "n_kv_heads": shape.n_kv_heads,
+            "kv_bytes_per_token": shape.kv_bytes_per_token("float8"),
+            "kv_cache_bytes": kv_cache_bytes(shape, 5, 7, "float8", ranks),
+            "peak_bytes": decode_peak_bytes(shape, 5, 7, *arguments).total,
+            "max_batch": max_batch(shape, 10**6, 7, *arguments),
+        }
+
+
+def test_memory_tables_show_the_numbers() -> None:
+    """MiB under GiB, or the wrong variant marked as the model's own."""
+    numbers = memory_numbers(ModelShape.published("llama-2-7b"), 3, 4096, "bfloat16", "bfloat16", 1, CARD)
+    terms, variants = (lines(table) for table in memory_tables(numbers))
+    assert ["kv", "cache", "6,442,450,944", "6.000"] in terms  # 2 · 32 · 32 · 128 · 2 bytes, 3 × 4096 tokens
+    assert ["total", f"{numbers['peak']['total']:,}", f"{numbers['peak']['total'] / 2**30:.3f}"] in terms
+    read = numbers["read_per_step_bytes"]
+    assert ["read", "in", "one", "decode", "step", f"{read:,}", f"{read / 2**30:.3f}"] in terms
+    own = [line for line in variants if "←" in line]
+    assert len(own) == 1 and own[0][:4] == ["MHA", "←", "512", "6.000"]
+    assert [line[0] for line in variants if line and line[0].startswith(("M", "GQA"))] == [
+        *("MHA", "GQA-16", "GQA-8", "GQA-4", "GQA-2", "MQA")
+    ]
+    assert ["MQA", "16", "0.188"] in [line[:3] for line in variants]
+
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+def trained(g: int, arm: str, losses: list[float], **more: Any) -> list[dict[str, Any]]:
+    common = {"kind": "quality", "status": "ok", "experiment": "e", "corpus": "c", "machine": "m", "tokens": 7000}
+    return [
+        common
+        | {"shape.n_heads": 6, "shape.n_kv_heads": g, "arm": arm, "seed": seed, "bits_per_byte": loss}
+        | {"n_params": 1000 * g}
+        | more
+        for seed, loss in enumerate(losses)
+    ]
+
+
+def test_quality_shows_differences_with_their_intervals() -> None:
+    """A difference without its interval, or beside another arm's parameters, is a claim nobody can weigh."""
+    rows = pandas.DataFrame(
+        trained(6, "plain", [2.0, 2.1, 2.3])
+        + trained(2, "plain", [2.02, 2.14, 2.36])  # + 0.02, 0.04, 0.06
+        + trained(2, "matched", [2.12, 2.23, 2.44], n_params=6001)
+    )
+    table = quality(rows)
+    assert table.title == "bits per byte after 7,000 tokens: MHA's, and the others' minus MHA's"
+    cells = {
+        (variant, arm): (count, seeds, difference, verdict)
+        for variant, arm, count, seeds, difference, _, verdict in zip(
+            *(column._cells for column in table.columns), strict=True
+        )
+    }
+    assert cells["GQA-2", "plain"] == ("2,000", "3", "+0.0400 ± 0.0497", "not resolvable at this scale")
+    assert cells["GQA-2", "matched"] == ("6,001", "3", "+0.1300 ± 0.0248", "worse")
+    assert cells["MHA", "plain"] == ("6,000", "3", "2.1333 (sd 0.1528)", "")
+
+
+def test_a_sweep_that_cannot_be_judged_is_one_clear_error() -> None:
+    """Every run diverged, or MHA is still to come: the table's title must not fail first."""
+    with pytest.raises(InputError, match="quality rows of one experiment are needed"):
+        quality(pandas.DataFrame(trained(6, "plain", [2.0, 2.1], status="diverged")))
+    with pytest.raises(InputError, match="no finished MHA run to compare with"):
+        quality(pandas.DataFrame(trained(2, "plain", [2.0, 2.1])))
