@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attnlab.measure.clock import interleaved, one_sample, quartiles
+from attnlab.measure.clock import interleaved, quartiles
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -44,12 +44,6 @@ def test_a_sample_of_several_calls_is_per_call(virtual: Callable[[float], None])
     """Forgetting to divide is a machine eight times slower."""
     counted = iter([1.0, 2.0, 6.0, 5.0, 7.0, 9.0])
     assert interleaved({"A": lambda: virtual(next(counted))}, {"A": 2}, "cpu", 3) == {"A": [3.0, 7.0]}
-
-
-def test_one_sample_is_one_call(virtual: Callable[[float], None]) -> None:
-    """It decides which arms get five rounds; a second call in it would double every limit."""
-    counted = iter([0.25])
-    assert one_sample(lambda: virtual(next(counted)), "cpu") == 0.25
 
 
 @pytest.mark.parametrize(
