@@ -57,7 +57,9 @@ def explored(rows: pandas.DataFrame) -> Table:
         raise InputError("no timed decode rows in this run; let it go on with: attnlab explore")
     context, batch = int(decode["context"].max()), int(decode["batch"].min())
     table = Table(
-        title=f"One layer's decode attention, context {context}, batch {batch}\non {decode['machine'].iloc[0]}"
+        title=f"One layer's decode attention, context {context}, batch {batch}, on {decode['machine'].iloc[0]}",
+        box=SIMPLE,
+        pad_edge=False,
     )
     for heading in ("variant", "dtype", "KV B/token", "expanded", "auto", "predicted", "error", "of roof"):
         table.add_column(heading, justify="left" if heading in ("variant", "dtype") else "right")

@@ -43,7 +43,10 @@ def quick() -> Iterator[None]:
         patch.setattr(explore_module, "refreshed", lambda machine, dtype: machine)
         patch.setattr(explore_module, "new_inputs", lambda facts: Inputs(facts["device"], 10_007))
         patch.setattr(host, "wait_for_quiet", lambda seconds: "")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # on a busy machine two threads wait for each other longer than these points take
         yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What a row says of its machine, and whether somebody else disturbs a timing: against real processes."""
 
+import fcntl
 import getpass
 import os
 import platform
@@ -131,8 +132,10 @@ def test_a_timing_refuses_while_a_training_runs() -> None:
         pass
 
 
-def test_trainings_share_the_machine() -> None:
+def test_trainings_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock for one training alone would stop the second of two sweeps that fit beside each other."""
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: real(file, how | fcntl.LOCK_NB))  # fail rather than wait
     with host.training(), host.training():
         pass
 
