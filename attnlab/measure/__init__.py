@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ def _time_arms(
             rows[arm] |= {"status": "implausible", "reason": f"{share:.2f} of the roof after {RETRIES} measurements"}
 
 
-def _slow(warm: dict[str, float], calls: dict[str, Callable[[], object]], device: str) -> set[str]:
+def _slow(warm: Mapping[str, float], calls: Mapping[str, Callable[[], object]], device: str) -> set[str]:
     """The arms that get few rounds: the oracle, and those more than ten times slower than the best. A first call may
     have been slow for reasons of its own, so whoever looks slow by it is called once more; on CUDA, where it was a
     launch or a compilation and tells nothing, everybody is."""

@@ -429,7 +429,10 @@ def test_tradeoff_shares_r_and_not_g(drawn: Drawn, rows: pandas.DataFrame) -> No
     assert [text.get_text() for text in cache.get_yticklabels()] == ["R = 1", "R = 3", "R = 6", "R = 12"]
     stored = [bar.get_width() for bars in cache.containers for bar in bars]
     assert stored == pytest.approx([100, 100 / 3, 100 / 6, 100 / 12])
-    mine = chosen(rows, kind="decode", dtype="bfloat16", impl="auto", context=521, batch=2)
+    mine = chosen(rows, kind="decode", impl="auto", context=521, batch=2)
+    # the dtype whose MHA is nearest its roof: on a CPU with a slow bfloat16 path that path is not what sharing gains
+    whole = mine[mine["shape.n_kv_heads"] == mine["shape.n_heads"]].sort_values("fraction_of_roof")
+    mine = mine[mine["dtype"] == whole["dtype"].iloc[-1]]
     ratios = 100 * mine["median"] / mine["median"].iloc[0]
     bars = [bars for bars in time.containers if not isinstance(bars, ErrorbarContainer)]
     assert [bar.get_width() for each in bars for bar in each] == pytest.approx(list(ratios))
