@@ -118,9 +118,9 @@ def tradeoff(rows: pandas.DataFrame, machine: str) -> Figure:
     figure, (cache, time, loss) = style.canvas(
         "Sharing KV heads: memory and time it saves, quality it costs",
         f"R query heads share one KV head. Time: a decode step's attention, context {style.tokens(mha['context'])}, "
-        f"batch {mha['batch']}, H = {mha['shape.n_heads']}, {mha['impl']}; bars from first to third quartile; in the dtype "
-        f"in which MHA comes nearest its roof. Loss: small models with H = {heads}, {seeds} seeds, 95 % intervals; grey: too small to be seen; "
-        f"{resolved} of {len(found)} differences resolved. Time and loss have R in common, not G.",
+        f"batch {mha['batch']}, H = {mha['shape.n_heads']}, {mha['impl']}, in the dtype whose MHA is nearest its roof; "
+        f"bars: quartiles. Loss: small models, H = {heads}, {seeds} seeds, 95 % intervals; grey: too small to be seen; "
+        f"{resolved} of {len(found)} differences resolved. Time and loss share R, not G.",
         f"time: {source(decode)}\nloss: {source(trained)}",
         5.2,
         ncols=3,
