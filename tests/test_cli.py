@@ -511,8 +511,8 @@ def test_explore_shows_what_it_found_and_goes_on(
     """The main job: a table, the paths, exit code 0; the second time nothing is measured again."""
     code, out, err = command(*EXPLORE)
     assert code == 0
-    assert re.search(r"│ MHA +│ float32 +│ +480 │", out) and re.search(r"│ MQA +│ float32 +│ +80 │", out)
-    assert "26 rows: 23 ok, 3 unsupported." not in out and re.search(r"^26 rows: 22 ok, 4 unsupported\.$", out, re.M)
+    assert re.search(r"^\W*MHA\W+float32\W+480\b", out, re.M) and re.search(r"^\W*MQA\W+float32\W+80\b", out, re.M)
+    assert re.search(r"^26 rows: 22 ok, 4 unsupported\.$", out, re.M)
     assert "Prediction of decode (grouped, 3 points): median error" in out
     path = Path(re.search(r"^rows: (.+)$", out, re.MULTILINE)[1])  # type: ignore[index]
     assert path.parent.name.endswith("-speed") and path.parts[0] == "runs"
@@ -546,7 +546,7 @@ def test_explore_fails_when_a_point_beats_its_roof(
     code, out, _ = command(*EXPLORE)
     assert code == 1
     assert out.endswith("some points beat their roof and are not believed: see status implausible in the rows\n")
-    assert f"{15 if all_of_them else 5} implausible" in out and ("│ MHA" in out) != all_of_them
+    assert f"{15 if all_of_them else 5} implausible" in out and ("MHA" in out) != all_of_them
 
 
 @contextmanager
