@@ -61,7 +61,7 @@ def explored(rows: pandas.DataFrame) -> Table:
         box=SIMPLE,
         pad_edge=False,
     )
-    for heading in ("variant", "dtype", "KV B/token", "expanded", "auto", "predicted", "error", "of roof"):
+    for heading in ("variant", "dtype", "KV B/token", "expanded", "auto", "predicted", "error", "roof"):
         table.add_column(heading, justify="left" if heading in ("variant", "dtype") else "right")
     chosen = decode[(decode["context"] == context) & (decode["batch"] == batch)]
     for auto in chosen[chosen["impl"] == "auto"].to_dict("records"):
@@ -112,8 +112,8 @@ def findings(rows: pandas.DataFrame, machine: str) -> list[str]:
         by_variant = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in auto.items())
         worst = (time["expanded"] / auto).drop("MHA")
         lines.append(
-            f"Decode, {dtype}, context {context}, batch {batch}, one layer: {by_variant}. Repeating K and V first, as "
-            f"most code does, takes {worst.min():.0f} to {worst.max():.0f} times as long wherever heads are shared."
+            f"Decode, {dtype}, context {context}, batch {batch}, one layer: {by_variant}. What most code does "
+            f"(expanded) takes {worst.min():.0f} to {worst.max():.0f} times as long wherever heads are shared."
         )
     lines += error_lines(pandas.concat([decode, timed(newest(rows, "prefill", machine))]))[1:]
     return lines
