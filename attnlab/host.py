@@ -21,7 +21,7 @@ import torch
 from attnlab.errors import InputError
 
 TRAINING_LOCK = Path(tempfile.gettempdir()) / "attnlab-training.lock"
-BUSY_CORES = 0.3  # other processes above this many cores disturb a timing on a small machine
+BUSY_CORES, BUSY_SHARE = 0.3, 0.05  # other processes above this, or this share of all cores, disturb a timing
 LOAD_WINDOW_SECONDS = 0.1
 
 
@@ -162,7 +162,7 @@ def wait_for_quiet(seconds: float = 10.0) -> str:
         load, before = Load(), _process_seconds()
         time.sleep(LOAD_WINDOW_SECONDS)
         cores = load.cores()
-        if cores is None or cores < BUSY_CORES:
+        if cores is None or cores < max(BUSY_CORES, BUSY_SHARE * _cores()):
             return ""
         if time.monotonic() > until:
             after = _process_seconds()

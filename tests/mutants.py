@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant(
         "caches stay warm",
         "measure/point.py",
-        "copies = 1 if bytes_each >= self.rotation_bytes else -(-self.rotation_bytes // bytes_each) + 1",
+        "copies = 1 if bytes_each >= 4 * self.rotation_bytes else -(-self.rotation_bytes // bytes_each) + 1",
         "copies = 1",
         "measure/test_point.py::test_a_copy_is_cold_when_its_turn_comes_again",
     ),

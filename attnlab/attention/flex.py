@@ -25,8 +25,12 @@ def supports(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[bool, str]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
     """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]."""
+    from torch._dynamo import config as dynamo_config  # a second to import, and of use on CUDA alone
+
     mask = _bottom_right(q.shape[2], k.shape[2], q.device) if causal and q.shape[2] > 1 else None
-    return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # A sweep compiles for many shapes; beyond dynamo's limit of a few it would run eagerly, every score materialised.
+    with dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> str:
@@ -36,7 +40,7 @@ def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> s
 
 @cache
 def _compiled():  # type: ignore[no-untyped-def]  # torch.compile has no precise type
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fails rather than falling back in silence
 
 
 @cache

@@ -152,8 +152,14 @@ def _time_arms(
         load = host.Load()
         few = _slow(warm, calls, device)
         count = {arm: min(rounds, SLOW_ROUNDS) if arm in few else rounds for arm in arms}
-        per_sample = len(rotation) if device == "cuda" else 1
-        seconds = interleaved(calls, count, device, per_sample)
+        # On CUDA a replay goes through the rotation whole, and at least ten calls share its launch.
+        per_sample = len(rotation) * -(-10 // len(rotation)) if device == "cuda" else 1
+        try:
+            seconds = interleaved(calls, count, device, per_sample)
+        except RuntimeError as error:
+            for arm in arms:
+                rows[arm] |= {"status": "oom", "reason": f"while the arms were timed together: {_out_of_memory(error)}"}
+            return
         for arm in arms:
             low, middle, high = quartiles(seconds[arm])
             prediction = point.predict(machine, arm)
@@ -191,7 +197,10 @@ def _slow(warm: Mapping[str, float], calls: Mapping[str, Callable[[], object]], 
     """The arms that get few rounds: the oracle, and those more than ten times slower than the best. A first call may
     have been slow for reasons of its own, so whoever looks slow by it is called once more; on CUDA, where it was a
     launch or a compilation and tells nothing, everybody is."""
-    once = dict(warm) if device == "cpu" else {arm: event_seconds(call) for arm, call in calls.items()}
+    if device == "cpu":
+        once = dict(warm)
+    else:
+        once = {arm: min(event_seconds(call), event_seconds(call)) for arm, call in calls.items()}
     suspects = [arm for arm in once if once[arm] > SLOW_FACTOR * min(once.values()) and arm != ORACLE]
     if device == "cpu":
         once |= {arm: min(once[arm], interleaved({arm: calls[arm]}, {arm: 1}, device)[arm][0]) for arm in suspects}

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -11,8 +12,11 @@ def interleaved(
     calls: Mapping[str, Callable[[], object]], rounds: Mapping[str, int], device: str, calls_per_sample: int = 1
 ) -> dict[str, list[float]]:
     """Seconds per call, ``rounds[name]`` samples of each, taken in turn: A B A B. Every call has been warmed before."""
-    take = _cuda_sample if device == "cuda" else _cpu_sample
-    prepared = {name: take(call, calls_per_sample) for name, call in calls.items()}
+    if device == "cuda":
+        pool = torch.cuda.graph_pool_handle()  # graphs are replayed one at a time, so all arms may share their memory
+        prepared = {name: _cuda_sample(call, calls_per_sample, pool) for name, call in calls.items()}
+    else:
+        prepared = {name: _cpu_sample(call, calls_per_sample) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(max(rounds.values())):
         for name, sample in prepared.items():
@@ -31,7 +35,7 @@ def _cpu_sample(call: Callable[[], object], calls: int) -> Callable[[], float]:
     return sample
 
 
-def _cuda_sample(call: Callable[[], object], calls: int) -> Callable[[], float]:
+def _cuda_sample(call: Callable[[], object], calls: int, pool: Any) -> Callable[[], float]:
     side = torch.cuda.Stream()  # a graph is captured after warm-up on a stream of its own
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -39,7 +43,7 @@ def _cuda_sample(call: Callable[[], object], calls: int) -> Callable[[], float]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for _ in range(calls):
             call()
     return lambda: event_seconds(graph.replay) / calls

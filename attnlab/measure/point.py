@@ -95,7 +95,7 @@ class Inputs:
         kv_size = (point.batch, point.n_kv_heads, point.context, point.head_dim)
         sizes = [torch.Size(size).numel() for size in (q_size, kv_size, kv_size)]
         bytes_each = sum(sizes) * element_bytes(point.dtype)
-        copies = 1 if bytes_each >= self.rotation_bytes else -(-self.rotation_bytes // bytes_each) + 1
+        copies = 1 if bytes_each >= 4 * self.rotation_bytes else -(-self.rotation_bytes // bytes_each) + 1
         block = self._filled(copies * sum(sizes), getattr(torch, point.dtype))
         pieces = block[: copies * sum(sizes)].split(sizes * copies)
         return [

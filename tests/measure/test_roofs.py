@@ -46,7 +46,7 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> list[Spy]:
     seen: list[Spy] = []
 
     def interleaved(
-        calls: Mapping[str, Callable[[], Tensor]], rounds: Mapping[str, int], device: str
+        calls: Mapping[str, Callable[[], Tensor]], rounds: Mapping[str, int], device: str, calls_per_sample: int = 1
     ) -> dict[str, list[float]]:
         ((name, call),) = calls.items()
         with Spy() as spy:
