@@ -114,8 +114,13 @@ def measure_point(
         rows[arm] |= {"error": wrong, "tolerance": tolerance(point.dtype)}
         rows[arm]["backend"] = backend(arm, *rotation[0], causal=causal)
         rows[arm]["picked"] = auto.pick(*rotation[0], causal) if arm == "auto" else arm
+    # auto is the arm it picks: where both are asked for, they are checked apart and timed once.
+    same = {arm: rows[arm]["picked"] for arm in warm if rows[arm]["picked"] in warm.keys() - {arm}}
     if warm:
-        _time_arms(point, warm, rotation, machine, rounds, rows)
+        timed = {arm: seconds for arm, seconds in warm.items() if arm not in same}
+        _time_arms(point, timed, rotation, machine, rounds, rows)
+    for arm, picked in same.items():
+        rows[arm] = rows[picked] | {name: rows[arm][name] for name in ("error", "backend", "picked", "needed_bytes")}
     for arm in arms:
         yield arm, rows[arm]
 

@@ -160,6 +160,14 @@ def test_the_oracle_is_not_a_contender(cost: dict[str, float], inputs: Inputs) -
     assert {arm: row["rounds"] for arm, row in rows.items()} == {"reference": 5, "grouped": 20}
 
 
+def test_auto_has_the_times_of_what_it_picks(inputs: Inputs) -> None:
+    """Two timings of the same call differ by noise, and a table would show auto beaten by what it picked."""
+    rows = dict(measure_point(DECODE, ["grouped", "auto"], inputs, FAST))
+    assert rows["auto"]["picked"] == "grouped" and rows["auto"]["samples"] == rows["grouped"]["samples"]
+    alone = dict(measure_point(DECODE, ["auto"], inputs, FAST))["auto"]
+    assert (alone["picked"], len(alone["samples"])) == ("grouped", 20)
+
+
 def test_a_slow_arm_gets_few_rounds_and_says_so(cost: dict[str, float], inputs: Inputs) -> None:
     """Twenty rounds of an arm that takes twenty times as long are most of a sweep; five that look like twenty would
     claim a spread nobody measured."""
