@@ -12,7 +12,7 @@ from attnlab.effects import effects
 from attnlab.errors import InputError, divisors
 from attnlab.predict.machine import Machine
 from attnlab.predict.memory import GB, GIB, KIB, decode_peak_bytes, decode_read_bytes, kv_cache_bytes, max_batch
-from attnlab.results import newest
+from attnlab.results import prediction_error
 from attnlab.shapes import ModelShape
 
 POINT = ["kind", "shape.n_heads", "shape.n_kv_heads", "shape.head_dim", "batch", "context", "queries", "dtype", "impl"]
@@ -27,7 +27,7 @@ def prediction_errors(rows: pandas.DataFrame, impl: str = "grouped", kind: str =
     """|predicted − measured| / measured of every timed point of one implementation."""
     chosen = timed(rows)
     chosen = chosen[(chosen["impl"] == impl) & (chosen["kind"] == kind)]
-    return (chosen["predicted"] - chosen["median"]).abs() / chosen["median"]
+    return prediction_error(chosen)
 
 
 def described(facts: dict[str, Any]) -> str:
@@ -95,27 +95,6 @@ def error_lines(rows: pandas.DataFrame) -> list[str]:
                 f"Prediction of {kind} (grouped, {len(errors)} points): "
                 f"median error {middle:.0%}, 90th percentile {high:.0%}."
             )
-    return lines
-
-
-def findings(rows: pandas.DataFrame, machine: str) -> list[str]:
-    """What the newest rows of ``machine`` say of cache bytes, decode time and prediction, a sentence each."""
-    memory, decode = newest(rows, "memory", machine), timed(newest(rows, "decode", machine))
-    exact = memory[memory["status"] == "ok"]
-    wrong = int((exact["allocated_bytes"] != exact["predicted_bytes"]).sum())
-    lines = [f"Memory: {len(exact)} caches allocated and weighed, {wrong} of them off the predicted bytes."]
-    context, batch = int(decode["context"].max()), int(decode["batch"].min())
-    for dtype in decode["dtype"].unique():
-        chosen = decode[(decode["context"] == context) & (decode["batch"] == batch) & (decode["dtype"] == dtype)]
-        time = chosen.set_index(["impl", "variant"])["median"]
-        auto = time["auto"]
-        by_variant = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in auto.items())
-        worst = (time["expanded"] / auto).drop("MHA")
-        lines.append(
-            f"Decode, {dtype}, context {context}, batch {batch}, one layer: {by_variant}. What most code does "
-            f"(expanded) takes {worst.min():.0f} to {worst.max():.0f} times as long wherever heads are shared."
-        )
-    lines += error_lines(pandas.concat([decode, timed(newest(rows, "prefill", machine))]))[1:]
     return lines
 
 

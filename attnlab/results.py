@@ -180,6 +180,11 @@ def newest(rows: "pandas.DataFrame", kind: str, machine: str) -> "pandas.DataFra
     return chosen[chosen["run"] == chosen["run"].max()]
 
 
+def prediction_error(rows: "pandas.DataFrame") -> "pandas.Series":
+    """|predicted − measured| / measured of each timed row."""
+    return (rows["predicted"] - rows["median"]).abs() / rows["median"]
+
+
 def headline() -> str:
     """The published machine that README and post show, from ``bench/results/headline.txt``."""
     try:

@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 from rich.console import Console
 
@@ -22,6 +23,27 @@ def shown(*parts):
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
+def findings(rows, machine):
+    """What the newest rows of ``machine`` say of cache bytes, decode time and prediction, a sentence each."""
+    memory, decode = newest(rows, "memory", machine), report.timed(newest(rows, "decode", machine))
+    exact = memory[memory["status"] == "ok"]
+    wrong = int((exact["allocated_bytes"] != exact["predicted_bytes"]).sum())
+    lines = [f"Memory: {len(exact)} caches allocated and weighed, {wrong} of them off the predicted bytes."]
+    context, batch = int(decode["context"].max()), int(decode["batch"].min())
+    for dtype in decode["dtype"].unique():
+        chosen = decode[(decode["context"] == context) & (decode["batch"] == batch) & (decode["dtype"] == dtype)]
+        time = chosen.set_index(["impl", "variant"])["median"]
+        auto = time["auto"]
+        by_variant = ", ".join(f"{name} {report.milliseconds(seconds)}" for name, seconds in auto.items())
+        worst = (time["expanded"] / auto).drop("MHA")
+        lines.append(
+            f"Decode, {dtype}, context {context}, batch {batch}, one layer: {by_variant}. What most code does "
+            f"(expanded) takes {worst.min():.0f} to {worst.max():.0f} times as long wherever heads are shared."
+        )
+    lines += report.error_lines(pandas.concat([decode, report.timed(newest(rows, "prefill", machine))]))[1:]
+    return lines
+
+
 def outputs():
     """Name of a block -> what it must hold."""
     rows, machine = load_results(PUBLISHED), headline()
@@ -29,7 +51,7 @@ def outputs():
     speed = load_results(PUBLISHED / machine / run)
     return {
         "explore": shown(report.explored(speed), *report.error_lines(speed)),
-        "findings": shown(*report.findings(rows, machine)),
+        "findings": shown(*findings(rows, machine)),
         "quality": shown(report.quality(newest(rows, "quality", machine))),
     }
 

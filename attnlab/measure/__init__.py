@@ -25,7 +25,7 @@ from attnlab.measure.point import Inputs, Point
 from attnlab.measure.roofs import measure_machine, refreshed
 from attnlab.model.llama import Llama
 from attnlab.predict.machine import Machine
-from attnlab.predict.time import attention_bytes, predict_decode
+from attnlab.predict.time import Prediction, attention_bytes, predict_decode
 from attnlab.shapes import ModelShape, dtype_name, element_bytes
 
 __all__ = ["Inputs", "Point", "measure_machine", "measure_point", "measure_steps", "refreshed"]
@@ -166,25 +166,13 @@ def _time_arms(
                 rows[arm] |= {"status": "oom", "reason": f"while the arms were timed together: {_out_of_memory(error)}"}
             return
         for arm in arms:
-            low, middle, high = quartiles(seconds[arm])
-            prediction = point.predict(machine, arm)
             least = point.predict(machine, "grouped")
+            rows[arm] |= _time_fields(seconds[arm], point.predict(machine, arm), load, busy)
             rows[arm] |= {
-                "median": middle,
-                "q25": low,
-                "q75": high,
-                "samples": seconds[arm],
-                "rounds": count[arm],
-                "predicted": prediction.seconds,
-                "terms": prediction.terms,
-                "binding": prediction.binding,
-                "flops": prediction.flops,
                 "read_bandwidth": machine.read_bandwidth,
                 "copy_bandwidth": machine.copy_bandwidth,
                 "matmul_rate": machine.compute_roof(point.dtype),
-                "fraction_of_roof": max(least.terms["bandwidth"], least.terms["compute"]) / middle,
-                "load": load.cores(),
-                "busy": busy,
+                "fraction_of_roof": max(least.terms["bandwidth"], least.terms["compute"]) / rows[arm]["median"],
             }
             if device == "cuda":  # what a user without graphs meets, launches included
                 rows[arm]["eager"] = statistics.median(event_seconds(calls[arm]) for _ in range(SLOW_ROUNDS))
@@ -196,6 +184,23 @@ def _time_arms(
         if rows[arm]["fraction_of_roof"] > IMPLAUSIBLE:
             share = rows[arm]["fraction_of_roof"]
             rows[arm] |= {"status": "implausible", "reason": f"{share:.2f} of the roof after {RETRIES} measurements"}
+
+
+def _time_fields(samples: list[float], prediction: Prediction, load: host.Load, busy: str) -> dict[str, Any]:
+    low, middle, high = quartiles(samples)
+    return {
+        "median": middle,
+        "q25": low,
+        "q75": high,
+        "samples": samples,
+        "rounds": len(samples),
+        "predicted": prediction.seconds,
+        "terms": prediction.terms,
+        "binding": prediction.binding,
+        "flops": prediction.flops,
+        "load": load.cores(),
+        "busy": busy,
+    }
 
 
 def _slow(warm: Mapping[str, float], calls: Mapping[str, Callable[[], object]], device: str) -> set[str]:
@@ -247,25 +252,7 @@ def measure_steps(
     load = host.Load()
     seconds = interleaved(steps, dict.fromkeys(steps, rounds), machine.device)
     for g in groups:
-        low, middle, high = quartiles(seconds[str(g)])
         prediction = predict_decode(shapes[g], machine, batch, context + 1, dtype, scope="model")
-        yield (
-            g,
-            {
-                "status": "ok",
-                "variant": shapes[g].variant,
-                "median": middle,
-                "q25": low,
-                "q75": high,
-                "samples": seconds[str(g)],
-                "rounds": rounds,
-                "predicted": prediction.seconds,
-                "terms": prediction.terms,
-                "binding": prediction.binding,
-                "bytes": prediction.bytes,
-                "flops": prediction.flops,
-                "read_bandwidth": machine.read_bandwidth,
-                "load": load.cores(),
-                "busy": busy,
-            },
-        )
+        row = _time_fields(seconds[str(g)], prediction, load, busy)
+        about = {"status": "ok", "variant": shapes[g].variant, "bytes": prediction.bytes}
+        yield g, {**about, **row, "read_bandwidth": machine.read_bandwidth}

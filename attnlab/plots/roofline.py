@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from attnlab.errors import InputError
 from attnlab.plots import style
 from attnlab.plots.rows import GROUPS, dtypes, source, timed
+from attnlab.results import prediction_error
 from attnlab.shapes import element_bytes
 
 _MARKS = {"decode": "o", "prefill": "^"}
@@ -73,7 +74,7 @@ def prediction(rows: pandas.DataFrame, machine: str) -> Figure:
     drawn = drawn[drawn["impl"] == "grouped"]
     if drawn.empty:
         raise InputError(f"grouped was not measured on {machine}")
-    drawn = drawn.assign(off=(drawn["predicted"] - drawn["median"]).abs() / drawn["median"])
+    drawn = drawn.assign(off=prediction_error(drawn))
     figure, axes = style.canvas(
         "Predicted against measured time of one attention call",
         "Predicted from sizes and this machine's measured roofs. Band: within 25 % of the measurement. Every point of "
