@@ -15,7 +15,7 @@ USED_INDEX := $(shell cat $(READY) 2>/dev/null)
 TORCH_INDEX ?= $(USED_INDEX)
 
 .DEFAULT_GOAL := help
-.PHONY: help explore test check bench figures lab lint slow mutants drift FORCE
+.PHONY: help explore test check bench gpu-jobs figures lab lint slow mutants drift FORCE
 # One target at a time, whatever -j says: they share one .venv, and a timing must have the machine to itself.
 .NOTPARALLEL:
 
@@ -23,7 +23,7 @@ help:  ## this list
 	@echo "attnlab: what sharing key/value heads does to memory, speed and quality."
 	@echo "Every command first installs what it needs into .venv (about 2 minutes, once)."
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables, given as in: make explore PYTHON=python3.12"
 	@sed -n 's/^## /  /p' Makefile
@@ -38,6 +38,9 @@ check: lint slow mutants drift  ## everything slower: lint, slow tests, mutants,
 
 bench: $(READY)  ## the pytest-benchmark suites on their quick grid
 	@$(BIN)/python -m pytest --benchmark-only $(ARGS)
+
+gpu-jobs: $(READY)  ## what to measure on a CUDA machine: commands, and what is published already
+	@$(BIN)/python -m bench.gpu_jobs
 
 figures: $(READY)  ## redraw figures/ from the published rows
 	@$(BIN)/attnlab figures
@@ -62,8 +65,9 @@ drift: $(READY)  ## are figures/ byte for byte what the published rows draw?
 	else echo "figures/ is not what the published rows draw: run 'make figures', look at the change, commit it" >&2; exit 1; fi
 
 # Made again when older than what it was made from, or made with another index; removed first, so that an interrupted
-# install is taken up again. An index of the user's own need not carry the pinned release of torch, so with one the pin is
-# dropped and the index decides; the second pip keeps the torch it finds and adds what that build depends on.
+# install is taken up again. An index of the user's own need not carry the pinned release of torch, so with one its pin
+# and Triton's, which a CUDA build demands to the digit, are dropped and the index decides; the second pip keeps the torch
+# it finds and adds what that build depends on.
 ifneq ($(TORCH_INDEX),$(USED_INDEX))
 $(READY): FORCE
 endif
@@ -78,7 +82,7 @@ $(READY): pyproject.toml constraints.txt
 	@cp constraints.txt .venv/constraints.txt
 	@if [ -n "$(TORCH_INDEX)" ]; then \
 	echo "installing torch from $(TORCH_INDEX)"; \
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt; \
+	grep -Ev '^(torch|triton)==' constraints.txt > .venv/constraints.txt; \
 	$(BIN)/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps --index-url "$(TORCH_INDEX)" 'torch>=2.11'; fi
 	@echo "installing attnlab and what it needs, in the versions of constraints.txt (about 2 minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e '.[dev]'

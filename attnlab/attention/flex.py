@@ -1,10 +1,13 @@
 """PyTorch's FlexAttention, compiled (arXiv 2412.05496): a CUDA arm.
 
 On a CPU each new shape costs seconds of compilation, so ``supports`` says no there. Decoding packs a group's R heads
-into one block and needs R to be a power of two. The mask is rebuilt only when T or S changes.
+into one block and needs R to be a power of two. The mask is rebuilt only when T or S changes. On Hopper the default is
+not pipelined; ``TUNED`` is the same arm with options that are, a peer to be timed beside it.
 """
 
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +26,17 @@ def supports(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[bool, str]:
     return True, ""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, kernel_options: dict[str, Any] | None = None
+) -> Tensor:
     """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]."""
     from torch._dynamo import config as dynamo_config  # a second to import, and of use on CUDA alone
 
     mask = _bottom_right(q.shape[2], k.shape[2], q.device) if causal and q.shape[2] > 1 else None
     # A sweep compiles for many shapes; beyond dynamo's limit of a few it would run eagerly, every score materialised.
     with dynamo_config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
-        return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        given = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1], "kernel_options": kernel_options}
+        return _compiled()(q, k, v, block_mask=mask, **given)
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> str:
@@ -46,3 +52,7 @@ def _compiled():  # type: ignore[no-untyped-def]  # torch.compile has no precise
 @cache
 def _bottom_right(T: int, S: int, device: torch.device) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: j <= i + (S - T), None, None, T, S, device=str(device))
+
+
+PIPELINED = {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
+TUNED = SimpleNamespace(attend=partial(attend, kernel_options=PIPELINED), supports=supports, backend=backend)

@@ -15,20 +15,21 @@ from torch.nn.attention import SDPBackend
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
     """q [B, H, T, D], k and v [B, G, S, D] -> [B, H, T, D]; ``enable_gqa`` only where G < H."""
-    return F.scaled_dot_product_attention(q, k, v, **_arguments(q, k, causal, scale))
+    return F.scaled_dot_product_attention(q, k, v, **arguments(q, k, causal, scale))
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> str:
     """The backend torch chooses for exactly this call ("flash", "cudnn", "efficient", "math"), by asking torch."""
-    choice = torch._fused_sdp_choice(q, k, v, **_arguments(q, k, causal, scale))
+    choice = torch._fused_sdp_choice(q, k, v, **arguments(q, k, causal, scale))
     return SDPBackend(choice).name.partition("_")[0].lower()
 
 
-def _arguments(q: Tensor, k: Tensor, causal: bool, scale: float) -> dict[str, Any]:
+def arguments(q: Tensor, k: Tensor, causal: bool, scale: float) -> dict[str, Any]:
+    """What SDPA is passed beside q, k and v: scale, ``enable_gqa``, and ``is_causal`` or a mask where one is due."""
     T, S = q.shape[2], k.shape[2]
-    arguments: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    given: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if causal and T == S and T > 1:
-        arguments["is_causal"] = True
+        given["is_causal"] = True
     elif causal and T > 1:
-        arguments["attn_mask"] = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return arguments
+        given["attn_mask"] = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return given
