@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from attnlab.attention import DEVICES
 from attnlab.errors import InputError, check_bytes, check_size
 from attnlab.model.llama import Llama
-from attnlab.shapes import ModelShape, dtype_name, hf_window, read_hf_config
+from attnlab.shapes import ROPE_FACTORS, ModelShape, dtype_name, hf_window, read_hf_config
 
 FAMILIES = ("llama", "mistral")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,10 +53,10 @@ def load_hf(directory: str | Path, dtype: object = None, device: torch.device | 
             raise InputError(f"{directory}: config.json ties {_HEAD} to {_EMBEDDING}, but the two differ")
         wanted = _torch_dtype(dtype or config.get("dtype") or config.get("torch_dtype"), stored[_EMBEDDING].get_dtype())
         # copy=True: a tensor as safetensors hands it out is a view of the mapped file, and changes when the file does.
-        weights = {_ours(name): file.get_tensor(name).to(device, wanted, copy=True) for name, file in files.items()}
+        weights = {name: file.get_tensor(name).to(device, wanted, copy=True) for name, file in files.items()}
     with torch.device("meta"):
         model = Llama(shape)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()}, assign=True)
     return model
 
 
@@ -108,9 +107,7 @@ def _runnable_shape(config: Mapping[str, Any]) -> ModelShape:
             f"{config.get('max_position_embeddings')}: every layer here attends to its whole context"
         )
     if config.get("quantization_config"):
-        raise InputError(
-            f"cannot run quantised weights (config.json has a quantization_config); valid: {_VALID_DTYPES}"
-        )
+        raise InputError(f"cannot run quantised weights (quantization_config in config.json); valid: {_VALID_DTYPES}")
     return ModelShape.from_hf(config)
 
 
@@ -171,7 +168,7 @@ def _compare(shape: ModelShape, stored: Mapping[str, Any], directory: Path) -> N
             f"the files hold {len(stored):,} tensors of {elements:,} elements in all"
         )
     with torch.device("meta"):
-        expected = {_theirs(name): list(tensor.shape) for name, tensor in Llama(shape).state_dict().items()}
+        expected = {hf_name(name): list(tensor.shape) for name, tensor in Llama(shape).state_dict().items()}
     optional = {_HEAD: expected[_EMBEDDING]} if shape.tied_embeddings else {}
     problems = []
     if missing := [name for name in expected if name not in stored]:
@@ -191,10 +188,9 @@ def _compare(shape: ModelShape, stored: Mapping[str, Any], directory: Path) -> N
 
 def _torch_dtype(dtype: object, stored: str) -> torch.dtype:
     name = dtype_name(dtype or _DTYPES[stored])
-    for found in _DTYPES.values():
-        if dtype_name(found) == name:
-            return found
-    raise InputError(f"a model cannot compute in {name}; valid: {_VALID_DTYPES}")
+    if name not in map(dtype_name, _DTYPES.values()):
+        raise InputError(f"a model cannot compute in {name}; valid: {_VALID_DTYPES}")
+    return getattr(torch, name)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -207,11 +203,8 @@ def _device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _ours(name: str) -> str:
-    return name.removeprefix("model.")
-
-
-def _theirs(name: str) -> str:
+def hf_name(name: str) -> str:
+    """transformers' name of a parameter; ours is that without "model."."""
     return name if name == _HEAD else f"model.{name}"
 
 
@@ -241,20 +234,18 @@ def _replaceable(target: Path) -> list[Path]:
 
 def _write(model: Llama, directory: Path, max_shard_bytes: int) -> None:
     config = directory / "config.json"
-    config.write_text(json.dumps(_config(model), indent=2) + "\n", encoding="utf-8")
-    tensors = {_theirs(name): tensor for name, tensor in model.state_dict().items()}
+    config.write_text(json.dumps(hf_config(model), indent=2) + "\n", encoding="utf-8")
+    tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
     shards: list[list[str]] = [[]]
-    size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+        if shards[-1] and sum(tensors[held].nbytes for held in shards[-1]) + tensor.nbytes > max_shard_bytes:
             shards.append([])
-            size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _plain(tensors[name]) for name in names}, directory / file, metadata={"format": "pt"})
+        plain = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(plain, directory / file, metadata={"format": "pt"})
         shutil.copymode(config, directory / file)  # safetensors makes files only their owner may read
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -263,22 +254,14 @@ def _write(model: Llama, directory: Path, max_shard_bytes: int) -> None:
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _config(model: Llama) -> dict[str, Any]:
+def hf_config(model: Llama) -> dict[str, Any]:
+    """What transformers' config.json says of this model."""
     shape = model.shape
     dtype = dtype_name(model.embed_tokens.weight.dtype)
     rope: dict[str, Any] = {"rope_type": "default"}
-    if shape.rope_scaling is not None:
-        rope = {
-            "rope_type": shape.rope_scaling.kind,
-            "factor": shape.rope_scaling.factor,
-            "low_freq_factor": shape.rope_scaling.low_freq_factor,
-            "high_freq_factor": shape.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": shape.rope_scaling.original_context,
-        }
+    if (scaling := shape.rope_scaling) is not None:
+        rope = {"rope_type": scaling.kind, "original_max_position_embeddings": scaling.original_context}
+        rope |= {name: getattr(scaling, name) for name in ROPE_FACTORS}
     return {
         "_name_or_path": shape.name,
         "architectures": ["LlamaForCausalLM"],
@@ -301,7 +284,7 @@ def _config(model: Llama) -> dict[str, Any]:
         "eos_token_id": None,
         # Both spellings: transformers before version 5 reads the first of each pair, later ones the second.
         "rope_theta": shape.rope_theta,
-        "rope_scaling": None if shape.rope_scaling is None else rope,
+        "rope_scaling": None if scaling is None else rope,
         "rope_parameters": {**rope, "rope_theta": shape.rope_theta},
         "torch_dtype": dtype,
         "dtype": dtype,

@@ -6,12 +6,13 @@ The head is applied to the last position only, and no pass is spent on the last 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from attnlab.errors import InputError, check_size
+from attnlab.model.cache import KVCache
 from attnlab.model.llama import Llama
 from attnlab.shapes import ModelShape
 
@@ -21,6 +22,7 @@ def generate(
     tokens: Tensor,
     max_new_tokens: int,
     *,
+    lengths: Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -32,6 +34,8 @@ def generate(
 
     Args:
         max_new_tokens: the most that are generated; ``new`` is less only when every row has met ``eos``.
+        lengths: how many tokens of each row are its prompt, the last ones (whatever stands to their left is not read);
+            each row is continued as it would be alone. None: all of them.
         temperature: 0 takes the likeliest token (greedy; ``top_k``, ``top_p`` and ``seed`` then change nothing), else
             logits are divided by it and a token is drawn.
         top_k: draw among the k likeliest tokens only.
@@ -42,7 +46,7 @@ def generate(
     Raises: InputError on an empty prompt, a token outside the vocabulary, T + max_new_tokens beyond the model's
         context, or an option out of its range.
     """
-    _check(model.shape, tokens, max_new_tokens, temperature, top_k, top_p, seed, eos)
+    _check(model.shape, tokens, max_new_tokens, lengths, temperature, top_k, top_p, seed, eos)
     device = model.embed_tokens.weight.device
     batch, prompt = tokens.shape
     # Made outside inference mode, so that what is returned can be trained on.
@@ -51,20 +55,31 @@ def generate(
     with torch.inference_mode():
         cache = model.new_cache(batch, prompt + max_new_tokens - 1)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        fed = 0
+        last = _prefill(model, out[:, :prompt], cache, lengths)
         for end in range(prompt, prompt + max_new_tokens):
-            last = model.hidden(out[:, fed:end], cache)[:, -1:]
+            if end > prompt:
+                last = model.hidden(out[:, end - 1 : end], cache)
             step = _next(model.logits(last)[:, 0], temperature, top_k, top_p, generator)
             if eos is not None:
                 step = step.masked_fill(finished, eos)
                 finished |= step == eos
             out[:, end] = step
-            fed = end
             if on_token is not None:
                 on_token(out[:, end])
             if eos is not None and finished.all():
                 return out[:, : end + 1]
     return out
+
+
+def _prefill(model: Llama, tokens: Tensor, cache: KVCache, lengths: Sequence[int] | None) -> Tensor:
+    """The prompts into the empty cache -> each one's last hidden state [B, 1, dim]. Prompts of different lengths are
+    read one after the other, without a token of padding, and end at the same slot."""
+    if lengths is None or set(lengths) == {tokens.shape[1]}:
+        return model.hidden(tokens, cache)[:, -1:]
+    starts = [tokens.shape[1] - length for length in lengths]
+    rows = [model.hidden(tokens[b : b + 1, start:], cache.row(b, start))[:, -1:] for b, start in enumerate(starts)]
+    cache.length, cache.starts = tokens.shape[1], starts
+    return torch.cat(rows)
 
 
 def _next(
@@ -86,6 +101,7 @@ def _check(
     shape: ModelShape,
     tokens: Tensor,
     max_new_tokens: int,
+    lengths: Sequence[int] | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -96,8 +112,14 @@ def _check(
         raise InputError(f"expected tokens [B, T] of integers, got {list(tokens.shape)} of {tokens.dtype}")
     if 0 in tokens.shape:
         raise InputError(f"the prompt is empty: expected at least one row and one token, got {list(tokens.shape)}")
+    longest = tokens.shape[1]
+    if lengths is not None and not (len(lengths) == len(tokens) and all(1 <= length <= longest for length in lengths)):
+        raise InputError(f"lengths must be {len(tokens)} whole numbers from 1 to {longest}, got {list(lengths)}")
     wide = tokens.long()  # uint8 compared with a vocabulary of 256 would wrap
-    outside = wide[(wide < 0) | (wide >= shape.vocab_size)]
+    read = torch.ones_like(wide, dtype=torch.bool)
+    for row, length in enumerate(lengths or ()):
+        read[row, : longest - length] = False
+    outside = wide[read & ((wide < 0) | (wide >= shape.vocab_size))]
     if outside.numel():
         raise InputError(f"token {int(outside[0])} is outside the vocabulary; valid: 0 to {shape.vocab_size - 1}")
     total = tokens.shape[1] + check_size("max_new_tokens", max_new_tokens)

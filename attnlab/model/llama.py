@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnlab import native
 from attnlab.errors import InputError
 from attnlab.model.cache import KVCache
-from attnlab.model.layers import Block, RMSNorm, rope_frequencies, rotation
+from attnlab.model.layers import Block, RMSNorm, product, rope_frequencies, rotation
 from attnlab.shapes import ModelShape
 
 
@@ -56,7 +57,10 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         if self._frequencies.device != x.device:
             self._frequencies = rope_frequencies(self.shape, x.device)
-        by = rotation(self._frequencies, cache.length if cache else 0, tokens.shape[1], x.dtype)
+        positions = torch.arange(tokens.shape[1], device=x.device) + (cache.length if cache else 0)
+        if cache is not None and cache.starts is not None:
+            positions = positions - torch.tensor(cache.starts, device=x.device)[:, None]
+        by = rotation(self._frequencies, positions, x.dtype)
         for index, block in enumerate(self.layers):
             x = block(x, by, cache, index, self.impl)
         if cache is not None:
@@ -65,8 +69,10 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, dim] -> logits [B, T, vocab], by the head or the tied embedding table."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        if self.lm_head is not None:
+            return product(hidden, self.lm_head)
+        weight = self.embed_tokens.weight
+        return native.linear(hidden, weight) if native.takes(hidden, weight) else F.linear(hidden, weight)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache of this model's shape, dtype and device."""

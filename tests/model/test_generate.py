@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from attnlab import kv_cache_bytes
 from attnlab.errors import InputError
+from attnlab.measure import decode_step
 from attnlab.model.generate import generate
 from attnlab.model.llama import Llama
 from attnlab.shapes import ModelShape
@@ -39,6 +42,39 @@ def test_greedy_equals_the_loop_without_a_cache(n_kv_heads):
     assert out.dtype == torch.int64
     assert torch.equal(out, by_force(model, prompt, 11))
     assert len({tuple(row) for row in out[:, 5:].tolist()}) == 3, "rows must differ for the comparison to mean anything"
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+def test_prompts_of_different_lengths_go_on_as_each_would_alone(n_kv_heads):
+    """Padding that is attended to, or that shifts positions, changes every shorter row of a batch a little: fluent, and
+    not what the row alone would have said. What stands left of a prompt is not read at all, so it may be anything."""
+    model, lengths = lively_model(n_kv_heads, seed=n_kv_heads), [5, 2, 7, 1]
+    prompts = [torch.randint(VOCAB, (1, length)) for length in lengths]
+    padded = torch.cat([torch.nn.functional.pad(prompt, (7 - prompt.shape[1], 0), value=-100) for prompt in prompts])
+    out = generate(model, padded, 11, lengths=lengths)
+    assert torch.equal(out[:, :7], padded)
+    for row, prompt in zip(out, prompts, strict=True):
+        assert row[7:].tolist() == by_force(model, prompt, 11)[0, prompt.shape[1] :].tolist()
+
+
+def _allocated(model: Llama, context: int) -> tuple[int, int]:
+    """Bytes allocated in all by one decode step at ``context``, and how many of them are still held after it."""
+    step = decode_step(model, 2, context)
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    changes = [e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return sum(change for change in changes if change > 0), sum(changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_step_allocates_nothing_that_grows_or_stays(dtype):
+    """A cache that is concatenated, K and V repeated to all heads, or a mask per step: each allocates in proportion to
+    the context, for every token. A step's temporaries are the same bytes at any context, and all are gone after it."""
+    model = Llama(ModelShape(2, 64, 8, 2, 16, 64, 64, max_context=2048)).to(dtype)
+    (short, kept), (long, kept_long) = _allocated(model, 256), _allocated(model, 1024)
+    assert kept == kept_long == 0
+    assert short == long < kv_cache_bytes(model.shape, 2, 256, dtype)
 
 
 def test_a_finished_row_is_padded_and_the_others_go_on():
@@ -205,6 +241,9 @@ def test_the_context_can_be_filled_to_the_last_token():
         ({"tokens": torch.zeros(0, 3, dtype=torch.int64)}, "prompt is empty"),
         ({"tokens": torch.tensor([[1, 23]])}, "token 23 is outside the vocabulary; valid: 0 to 22"),
         ({"tokens": torch.tensor([[1, -1]])}, "token -1 is outside the vocabulary"),
+        ({"lengths": [4]}, r"lengths must be 1 whole numbers from 1 to 3, got \[4\]"),
+        ({"lengths": [0]}, r"lengths must be 1 whole numbers from 1 to 3, got \[0\]"),
+        ({"lengths": [3, 3]}, r"lengths must be 1 whole numbers from 1 to 3, got \[3, 3\]"),
         ({"max_new_tokens": 0}, "max_new_tokens must be between 1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number"),
         ({"temperature": -0.1}, "temperature must be 0"),

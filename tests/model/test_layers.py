@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnlab.errors import InputError
-from attnlab.model.layers import RMSNorm, SwiGLU, rope_frequencies, rotate, rotation
+from attnlab.model.layers import Attention, RMSNorm, SwiGLU, product, rope_frequencies, rotate, rotation
 from attnlab.shapes import ModelShape, RopeScaling
 
 
@@ -42,7 +42,8 @@ def test_rotation_turns_each_pair_by_position_times_frequency():
     Face's (i, i + D/2) cancel in a model tested against itself."""
     shape = shape_of(rope_theta=500.0)
     x = torch.randn(1, 2, 3, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    turned = rotate(x, rotation(rope_frequencies(shape), start=11, tokens=3, dtype=torch.float64))
+    turned = rotate(x.transpose(1, 2), rotation(rope_frequencies(shape), torch.arange(11, 14), torch.float64))
+    turned = turned.transpose(1, 2)
     for t in range(3):
         for i in range(7):
             angle = (11 + t) * 500.0 ** (-2 * i / 14)
@@ -56,7 +57,7 @@ def test_rotation_turns_each_pair_by_position_times_frequency():
 def test_position_zero_is_not_turned():
     """The off-by-one that relative positions hide: a first token at position 1."""
     x = torch.randn(1, 1, 1, 14)
-    assert torch.equal(rotate(x, rotation(rope_frequencies(shape_of()), 0, 1, torch.float32)), x)
+    assert torch.equal(rotate(x, rotation(rope_frequencies(shape_of()), torch.tensor([0]), torch.float32)), x)
 
 
 def test_scores_depend_on_the_distance_alone():
@@ -65,7 +66,8 @@ def test_scores_depend_on_the_distance_alone():
     frequencies = rope_frequencies(shape_of())
 
     def score(query_at: int, key_at: int) -> float:
-        turned = [rotate(x, rotation(frequencies, at, 1, torch.float32)) for x, at in ((q, query_at), (k, key_at))]
+        by = [rotation(frequencies, torch.tensor([at]), torch.float32) for at in (query_at, key_at)]
+        turned = [rotate(q, by[0]), rotate(k, by[1])]
         return (turned[0] * turned[1]).sum().item()
 
     assert score(5, 2) == pytest.approx(score(40, 37), abs=1e-4)
@@ -116,3 +118,34 @@ def test_swiglu_gates_with_silu_of_gate_proj():
     gated = x @ gate.T
     expected = (gated / (1 + torch.exp(-gated)) * (x @ up.T)) @ down.T
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_one_product_for_q_k_and_v_holds_no_byte_twice_and_can_still_be_trained(qkv_bias):
+    """A fused copy of the weights doubles a model's memory, goes stale when the weights change, and, made under
+    inference mode, can never be trained again: seen wherever fusing is an afterthought."""
+    torch.manual_seed(4)
+    layer = Attention(shape_of(qkv_bias=qkv_bias))
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+    if qkv_bias:
+        for projection in projections:
+            torch.nn.init.normal_(projection.bias)
+    x = torch.randn(2, 3, layer.q_proj.in_features)
+    apart = torch.cat([projection(x) for projection in projections], -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(x, *projections), apart)
+    storages = {projection.weight.untyped_storage().data_ptr() for projection in projections}
+    assert len(storages) == 1
+    assert projections[0].weight.untyped_storage().nbytes() == 4 * sum(p.weight.numel() for p in projections)
+    assert not any(projection.weight.is_inference() for projection in projections)
+    product(x, *projections).sum().backward()
+    assert all(projection.weight.grad is not None for projection in projections)
+    with torch.no_grad():
+        layer.k_proj.weight.mul_(2)  # an optimiser's step: the one matrix must see it
+        apart = torch.cat([projection(x) for projection in projections], -1)
+        torch.testing.assert_close(product(x, *projections), apart)
+        layer.v_proj.weight.data = torch.randn_like(layer.v_proj.weight)  # a loaded weight, in memory of its own
+        apart = torch.cat([projection(x) for projection in projections], -1)
+        torch.testing.assert_close(product(x, *projections), apart)
+    product(x, *projections).sum().backward()
+    assert all(projection.weight.grad is not None for projection in projections)
