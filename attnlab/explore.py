@@ -5,14 +5,14 @@ and allocated bytes of a cache), ``decode`` and ``prefill`` (a timed point). A k
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from attnlab import host
-from attnlab.attention import attend, implementations, supports
+from attnlab.attention import attend, implementations, peers, supports
 from attnlab.errors import InputError, check_choice, check_size, divisors
 from attnlab.measure import (
     CUDA_ROTATION_BYTES,
@@ -29,7 +29,7 @@ from attnlab.model.cache import KVCache
 from attnlab.predict.machine import Machine
 from attnlab.predict.memory import kv_cache_bytes
 from attnlab.results import MACHINE, Run, row_key
-from attnlab.shapes import ModelShape, dtype_name
+from attnlab.shapes import dtype_name
 
 DTYPES = ("float32", "bfloat16")
 # (contexts, batches) of decoding and of prefill
@@ -57,33 +57,62 @@ def grid(name: str, device: str, dtypes: Iterable[str] = DTYPES, heads: int = 32
     ]
 
 
-def arms() -> list[str]:
-    """Every implementation, and ``auto``."""
-    return [*implementations(), "auto"]
+def arms(also: Sequence[str] = ()) -> list[str]:
+    """Every implementation, the peers in ``also``, and ``auto``."""
+    return [*implementations(), *also, "auto"]
 
 
-def explore(run: Run, points: list[Point], device: str, progress: Progress | None = None) -> Machine:
+def named_peers(text: str) -> list[str]:
+    """The peers that ``text`` names, with commas between, or "all" of them. Raises ``InputError`` on another name."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return peers() if names == ["all"] else [check_choice("peer", name, ["all", *peers()]) for name in names]
+
+
+def explore(
+    run: Run, points: list[Point], device: str, progress: Progress | None = None, also: Sequence[str] = ()
+) -> Machine:
     """Fill ``run`` with every row that ``points`` ask for and it does not hold; return the machine it was measured on.
-
-    ``progress(what, done, total)`` is told before each step. The caller holds ``host.timing()``. Raises ``InputError``
-    if the run was begun on another machine; ``AssertionError`` where an output is wrong.
-    """
+    The peers in ``also`` are proved and timed with the implementations, in turn with them. ``progress(what, done,
+    total)`` is told before each step. The caller holds ``host.timing()``. Raises ``InputError`` if the run was begun on
+    another machine; ``AssertionError`` where an output is wrong."""
     facts = host.describe(device)
     dtypes = tuple(dict.fromkeys(point.dtype for point in points))
-    proofs = list(itertools.product(implementations(), dtypes))
+    proofs = list(itertools.product(arms(also)[:-1], dtypes))
     caches = [point for point in points if point.kind == "decode"]
     total = len(proofs) + len(caches) + len(points)
-    tell = progress or (lambda what, done, total: None)
+    tell = progress or (lambda *_: None)
     tell("roofs of this machine", 0, total)
     machine = _machine(run, device, facts["machine"], dtypes)
+    run.plan(planned(points, device, also))
     for done, (impl, dtype) in enumerate(proofs):
         tell(f"correctness {impl} {dtype}", done, total)
-        _correctness_row(run, impl, dtype, facts)
+        proof = _proof(impl, dtype, device)
+        if (key := row_key(proof)) not in run:
+            run.append(key, {**facts, **proof, **_correctness(impl, dtype, device)})
     for done, point in enumerate(caches, len(proofs)):
         tell(f"cache bytes {point.label}", done, total)
-        _cache_row(run, point, facts, machine)
-    _sweep(run, points, facts, machine, lambda what, done: tell(what, len(proofs) + len(caches) + done, total))
+        cache = _cache(point, device)
+        if (key := row_key(cache)) not in run:
+            run.append(key, {**facts, **cache, **_cache_bytes(point, device, machine.memory_bytes)})
+    inputs, roofs = new_inputs(facts), dict[tuple[str, int], Machine]()
+    for done, point in enumerate(points, len(proofs) + len(caches)):
+        tell(point.label, done, total)
+        if not _missing(run, point, device, also):
+            continue
+        group = point.dtype, point.n_kv_heads
+        if group not in roofs:  # measured beside each group of points
+            roofs = {group: refreshed(machine, point.dtype)}
+        fill_point(run, point, facts, inputs, roofs[group], also)
     return machine
+
+
+def planned(points: list[Point], device: str, also: Sequence[str] = ()) -> list[str]:
+    """The key of every row that ``explore`` fills for ``points``."""
+    dtypes = dict.fromkeys(point.dtype for point in points)
+    proofs = [_proof(impl, dtype, device) for impl, dtype in itertools.product(arms(also)[:-1], dtypes)]
+    caches = [_cache(point, device) for point in points if point.kind == "decode"]
+    calls = [point.configuration(arm, device) for point, arm in itertools.product(points, arms(also))]
+    return [row_key(configuration) for configuration in (*proofs, *caches, *calls)]
 
 
 def _machine(run: Run, device: str, name: str, dtypes: tuple[str, ...]) -> Machine:
@@ -100,81 +129,58 @@ def _machine(run: Run, device: str, name: str, dtypes: tuple[str, ...]) -> Machi
     return machine
 
 
-def _sweep(
-    run: Run, points: list[Point], facts: dict[str, Any], machine: Machine, tell: Callable[[str, int], None]
-) -> None:
-    inputs = new_inputs(facts)
-    roofs: tuple[tuple[str, int], Machine] | None = None
-    for done, point in enumerate(points):
-        tell(point.label, done)
-        if not _missing(run, point, facts["device"]):
-            continue
-        group = point.dtype, point.n_kv_heads
-        if roofs is None or roofs[0] != group:  # measured beside each group of points
-            roofs = group, refreshed(machine, point.dtype)
-        fill_point(run, point, facts, inputs, roofs[1])
-
-
 def new_inputs(facts: dict[str, Any]) -> Inputs:
     """Inputs that rotate past the last-level cache of the machine that ``facts`` describe."""
-    return Inputs(
-        facts["device"], CUDA_ROTATION_BYTES if facts["device"] == "cuda" else 2 * facts["last_level_cache_bytes"]
-    )
+    size = CUDA_ROTATION_BYTES if facts["device"] == "cuda" else 2 * facts["last_level_cache_bytes"]
+    return Inputs(facts["device"], size)
 
 
-def fill_point(run: Run, point: Point, facts: dict[str, Any], inputs: Inputs, roofs: Machine) -> None:
+def fill_point(
+    run: Run, point: Point, facts: dict[str, Any], inputs: Inputs, roofs: Machine, also: Sequence[str] = ()
+) -> None:
     """Measure the arms of ``point`` that ``run`` does not hold, interleaved, and append a row for each."""
-    for arm, row in measure_point(point, _missing(run, point, facts["device"]), inputs, roofs):
+    for arm, row in measure_point(point, _missing(run, point, facts["device"], also), inputs, roofs):
         configuration = point.configuration(arm, facts["device"])
         run.append(row_key(configuration), {**facts, **configuration, **row})
 
 
-def _missing(run: Run, point: Point, device: str) -> list[str]:
-    return [arm for arm in arms() if row_key(point.configuration(arm, device)) not in run]
+def _missing(run: Run, point: Point, device: str, also: Sequence[str]) -> list[str]:
+    return [arm for arm in arms(also) if row_key(point.configuration(arm, device)) not in run]
 
 
-def _cache_row(run: Run, point: Point, facts: dict[str, Any], machine: Machine) -> None:
+def _cache(point: Point, device: str) -> dict[str, Any]:
+    return {**point.configuration("cache", device), "kind": "memory"}
+
+
+def _cache_bytes(point: Point, device: str, memory_bytes: int) -> dict[str, Any]:
     """Allocate a cache of two layers at this point's sizes and compare its storage with the prediction."""
-    shape = ModelShape(2, 1, point.n_heads, point.n_kv_heads, point.head_dim, 1, 1)
-    configuration = {**point.configuration("cache", facts["device"]), "kind": "memory"}
-    key = row_key(configuration)
-    if key in run:
-        return
+    shape = replace(point.shape, n_layers=2)
     predicted = kv_cache_bytes(shape, point.batch, point.context, point.dtype)
-    row: dict[str, Any] = {
-        "status": "ok",
-        "variant": shape.variant,
-        "n_layers": shape.n_layers,
-        "predicted_bytes": predicted,
-    }
-    if predicted > MEMORY_SHARE * machine.memory_bytes:
-        row |= {"status": "too_big", "reason": f"needs {predicted} of {machine.memory_bytes} bytes of memory"}
-    else:
-        cache = KVCache(shape, point.batch, point.context, getattr(torch, point.dtype), facts["device"])
-        row["allocated_bytes"] = cache.nbytes
-        if cache.nbytes != predicted:
-            raise AssertionError(f"{point.label}: a cache of {cache.nbytes} bytes, predicted were {predicted}")
-    run.append(key, {**facts, **configuration, **row})
+    row = {"status": "ok", "variant": shape.variant, "n_layers": shape.n_layers, "predicted_bytes": predicted}
+    if predicted > MEMORY_SHARE * memory_bytes:
+        return row | {"status": "too_big", "reason": f"needs {predicted} of {memory_bytes} bytes of memory"}
+    allocated = KVCache(shape, point.batch, point.context, getattr(torch, point.dtype), device).nbytes
+    if allocated != predicted:
+        raise AssertionError(f"{point.label}: a cache of {allocated} bytes, predicted were {predicted}")
+    return row | {"allocated_bytes": allocated}
 
 
 def awkward_cases() -> Iterator[tuple[int, int, int, int, int, bool]]:
     """(H, G, D, T, S, causal): every divisor of 12 and 7, a single query, a past, no past; odd sizes throughout."""
     for heads, head_dim in ((12, 64), (7, 32)):
-        for groups in divisors(heads):
-            for T, S in ((1, 61), (3, 17), (37, 37)):
-                for causal in (False, True):
-                    yield heads, groups, head_dim, T, S, causal
+        lengths = ((1, 61), (3, 17), (37, 37))
+        for groups, (T, S), causal in itertools.product(divisors(heads), lengths, (False, True)):
+            yield heads, groups, head_dim, T, S, causal
 
 
-def _correctness_row(run: Run, impl: str, dtype: str, facts: dict[str, Any]) -> None:
-    device = facts["device"]
-    configuration = {"kind": "correctness", "impl": impl, "dtype": dtype, "device": device}
-    key = row_key(configuration)
-    if key in run:
-        return
+def _proof(impl: str, dtype: str, device: str) -> dict[str, Any]:
+    return {"kind": "correctness", "impl": impl, "dtype": dtype, "device": device}
+
+
+def _correctness(impl: str, dtype: str, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
-    worst, cases, reason = 0.0, 0, ""
-    chosen = list(awkward_cases())[:: 5 if impl == "flex" else 1]  # flex compiles for seconds at each
+    worst, cases, reason, allowed = 0.0, 0, "", tolerance(dtype)
+    chosen = list(awkward_cases())[:: 5 if impl.startswith("flex") else 1]  # flex compiles for seconds at each
     for heads, groups, head_dim, T, S, causal in chosen:
         sizes = ((3, heads, T, head_dim), (3, groups, S, head_dim), (3, groups, S, head_dim))
         q, k, v = (torch.randn(size, generator=generator).to(device, getattr(torch, dtype)) for size in sizes)
@@ -184,15 +190,8 @@ def _correctness_row(run: Run, impl: str, dtype: str, facts: dict[str, Any]) -> 
             continue
         output = attend(q, k, v, causal=causal, impl=impl)
         worst, cases = max(worst, relative_error(output, q, k, v, causal)), cases + 1
-        if worst > tolerance(dtype):
+        if worst > allowed:
             where = f"H={heads} G={groups} D={head_dim} T={T} S={S} causal={causal}"
-            raise AssertionError(
-                f"{impl} {dtype}: error {worst:.2g} at {where}, at most {tolerance(dtype):.2g} is allowed"
-            )
-    row: dict[str, Any] = {
-        "status": "ok" if cases else "unsupported",
-        "cases": cases,
-        "error": worst,
-        "tolerance": tolerance(dtype),
-    }
-    run.append(key, {**facts, **configuration, **row, **({"reason": reason} if reason else {})})
+            raise AssertionError(f"{impl} {dtype}: error {worst:.2g} at {where}, at most {allowed:.2g} is allowed")
+    status = {"status": "ok"} if cases else {"status": "unsupported", "reason": reason}
+    return {**status, "cases": cases, "error": worst, "tolerance": allowed}

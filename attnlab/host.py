@@ -26,10 +26,8 @@ LOAD_WINDOW_SECONDS = 0.1
 
 
 def resolve_device(device: str = "auto") -> str:
-    """Return "cpu" or "cuda"; "auto" takes CUDA where there is one.
-
-    Raises ``InputError`` on CUDA asked for and absent, and on any other device.
-    """
+    """Return "cpu" or "cuda"; "auto" takes CUDA where there is one. Raises ``InputError`` on CUDA asked for and absent,
+    and on any other device."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -72,8 +70,7 @@ def describe(device: str) -> dict[str, Any]:
 def _processor() -> str:
     if platform.system() == "Linux":
         with contextlib.suppress(OSError):
-            found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-            if found:
+            if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
                 return re.sub(r"\s*(\(R\)|\(TM\)|CPU|Processor|@.*|\d+-Core)\s*", " ", found[1]).strip()
     return platform.processor() or platform.machine()
 
@@ -105,47 +102,36 @@ def _driver() -> str:
 # --- who else keeps this machine busy ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def training() -> Iterator[None]:
-    """Hold the training lock: timings on this machine wait for it, or refuse. Any number of trainings share it."""
-    with _training_lock() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
+def training() -> contextlib.AbstractContextManager[None]:
+    """Hold the training lock: timings on this machine refuse while it is held. Any number of trainings share it."""
+    return _locked(fcntl.LOCK_SH)
 
 
-@contextlib.contextmanager
-def timing() -> Iterator[None]:
+def timing() -> contextlib.AbstractContextManager[None]:
     """Keep trainings out while timing; raises ``InputError`` if one is under way: each would spoil the other."""
-    with _training_lock() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                "a training or another timing is running on this machine; wait for it to end, or stop it"
-            ) from None
-        yield
+    return _locked(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
-def _training_lock() -> Iterator[int]:
-    """The open lock file, of this user or of another: a lock needs no right to write."""
+def _locked(how: int) -> Iterator[None]:
     try:
         file = os.open(TRAINING_LOCK, os.O_RDONLY | os.O_CREAT, 0o644)
-    except PermissionError:  # in a shared folder Linux refuses to "create" what exists and belongs to another user
+    except PermissionError:  # another user's, which Linux does not "create" in a shared folder; a lock need not write
         file = os.open(TRAINING_LOCK, os.O_RDONLY)
-    try:
-        yield file
-    finally:
-        os.close(file)
+    with open(file):  # closed at the end, and with it the lock
+        try:
+            fcntl.flock(file, how)
+        except OSError:
+            remedy = "wait for it to end, or stop it"
+            raise InputError(f"a training or another timing is running on this machine; {remedy}") from None
+        yield
 
 
 class Load:
-    """Cores kept busy by *other* processes between two moments: ``Load()`` starts, ``.cores()`` reads (None on
-    macOS)."""
+    """Cores kept busy by *other* processes since ``Load()``: ``.cores()`` reads them, None on macOS."""
 
     def __init__(self) -> None:
-        self._start = _busy_seconds()
-        self._began = time.monotonic()
+        self._start, self._began = _busy_seconds(), time.monotonic()
 
     def cores(self) -> float | None:
         now = _busy_seconds()
@@ -165,11 +151,9 @@ def wait_for_quiet(seconds: float = 10.0) -> str:
         if cores is None or cores < max(BUSY_CORES, BUSY_SHARE * _cores()):
             return ""
         if time.monotonic() > until:
-            after = _process_seconds()
-            busiest = max(
-                after, key=lambda process: after[process] - before.get(process, after[process]), default=("?", 0)
-            )
-            return f"{cores:.1f} cores kept busy by others, most by {busiest[0]} ({busiest[1]})"
+            spent = {process: after - before.get(process, after) for process, after in _process_seconds().items()}
+            name, pid = max(spent, key=lambda process: spent[process], default=("?", 0))
+            return f"{cores:.1f} cores kept busy by others, most by {name} ({pid})"
 
 
 def _busy_seconds() -> float | None:
@@ -188,8 +172,8 @@ def _process_seconds() -> dict[tuple[str, int], float]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             head, _, rest = stat.read_text().rpartition(")")
-            pid = int(head.split(" ", 1)[0])
-            fields = rest.split()
-            if pid != os.getpid():
-                seconds[head.split("(", 1)[1], pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            pid, name = head.split(" (", 1)
+            if int(pid) != os.getpid():
+                ticks = sum(map(int, rest.split()[11:13]))
+                seconds[name, int(pid)] = ticks / os.sysconf("SC_CLK_TCK")
     return seconds

@@ -13,9 +13,9 @@ import torch
 
 from attnlab import explore as explore_module
 from attnlab import host
-from attnlab.attention import attend, implementations
+from attnlab.attention import attend, implementations, peers
 from attnlab.errors import InputError, divisors
-from attnlab.explore import DTYPES, arms, awkward_cases, explore, grid
+from attnlab.explore import DTYPES, arms, awkward_cases, explore, grid, named_peers
 from attnlab.measure import Inputs, Point
 from attnlab.model.cache import KVCache
 from attnlab.predict.machine import Machine
@@ -24,11 +24,12 @@ from attnlab.results import MACHINE, Run, load_results
 from attnlab.shapes import ModelShape
 
 POINTS = [
-    Point(kind, 6, g, 10, 2, 37, dtype)
+    Point(kind, 6, g, 8, 2, 37, dtype)
     for dtype, g, kind in itertools.product(("float32", "bfloat16"), (6, 3, 1), ("decode", "prefill"))
 ]
 REAL_INPUTS = explore_module.new_inputs
-HUGE = Point("decode", 6, 2, 10, 2**20, 2**30, "float32")
+CUDA_ONLY = {"flex", "triton"}
+HUGE = Point("decode", 6, 2, 8, 2**20, 2**30, "float32")
 
 
 def quick_roofs(device: str, dtypes: tuple[str, ...] = DTYPES) -> Machine:
@@ -127,9 +128,11 @@ def test_every_point_and_every_arm_is_a_row(rows: pandas.DataFrame) -> None:
     found = set(timed[columns].itertuples(index=False, name=None))
     wanted = {(p.kind, p.n_kv_heads, p.batch, p.context, p.dtype, arm) for p in [*POINTS, HUGE] for arm in arms()}
     assert found == wanted and len(timed) == len(wanted)
-    assert set(arms()) == {"reference", "expanded", "sdpa", "grouped", "flex", "auto"}
-    status = {arm: set(timed[(timed["impl"] == arm) & (timed["context"] == 37)]["status"]) for arm in arms()}
-    assert status == {arm: {"unsupported" if arm == "flex" else "ok"} for arm in arms()}
+    assert set(arms()) == {"reference", "expanded", "sdpa", "grouped", "cpp", "flex", "triton", "auto"}
+    for kind, unable in (("decode", CUDA_ONLY), ("prefill", {*CUDA_ONLY, "cpp"})):
+        some = timed[(timed["kind"] == kind) & (timed["context"] == 37)]
+        status = {arm: set(some[some["impl"] == arm]["status"]) for arm in arms()}
+        assert status == {arm: {"unsupported" if arm in unable else "ok"} for arm in arms()}
     huge = rows[rows["context"] == 2**30]
     assert set(huge["status"]) == {"too_big"} and set(huge["kind"]) == {"decode", "memory"}
     failed = rows[rows["status"] != "ok"]
@@ -146,7 +149,7 @@ FIELDS = {
     "the answer": ["impl", "picked", "backend", "median", "q25", "q75", "rounds", "samples", "error", "tolerance"],
     "the prediction": ["predicted", "terms.bandwidth", "terms.compute", "terms.fixed", "binding", "bytes", "flops"],
     "the roofs": ["fraction_of_roof", "read_bandwidth", "copy_bandwidth", "matmul_rate"],
-    "the circumstances": ["load", "busy", "threads"],
+    "the circumstances": ["load", "busy", "threads", "unsteady"],
     "the machine": ["machine", "device", "processor", "cores", "capability", "memory_bytes", "last_level_cache_bytes"],
     "the software": ["os", "python", "torch", "numpy", "commit", "time"],
     "how it ended": ["status"],
@@ -168,9 +171,23 @@ def test_correctness_rows_cover_what_can_be_run(rows: pandas.DataFrame, folder: 
     proofs = rows[rows["kind"] == "correctness"].set_index(["impl", "dtype"])
     assert set(proofs.index) == set(itertools.product(implementations(), ("float32", "bfloat16")))
     for (impl, _), row in proofs.iterrows():
-        assert (row["status"], row["cases"]) == (("unsupported", 0) if impl == "flex" else ("ok", 48))
-        assert 0 <= row["error"] <= row["tolerance"] and (row["error"] > 0) == (impl != "flex")
+        cases = 0 if impl in CUDA_ONLY else 16 if impl == "cpp" else 48  # a third of the cases has one query
+        assert (row["status"], row["cases"]) == ("ok" if cases else "unsupported", cases)
+        assert 0 <= row["error"] <= row["tolerance"] and (row["error"] > 0) == (impl not in CUDA_ONLY)
     assert proofs.loc[("flex", "float32"), "reason"].startswith("flex needs CUDA")
+
+
+def test_peers_are_proved_and_timed_when_they_are_named(few_proofs: None, tmp_path: Path) -> None:
+    """A rival that is left out without a word, or timed in a run of its own, says nothing about ours."""
+    assert named_peers("") == [] and named_peers("all") == peers() and named_peers("cudnn, flash") == ["cudnn", "flash"]
+    with pytest.raises(InputError, match="unknown peer 'flsh'; did you mean flash"):
+        named_peers("cudnn,flsh")
+    with Run(tmp_path / "run") as run:
+        explore(run, POINTS[:1], "cpu", also=["flash"])
+    rows = load_results(tmp_path / "run")
+    assert sorted(rows[rows["impl"] == "flash"]["kind"]) == ["correctness", "decode"]
+    assert set(rows[rows["impl"] == "flash"]["status"]) == {"unsupported"}
+    assert set(rows[rows["kind"] == "decode"]["impl"]) == {*arms(), "flash"}
 
 
 def test_the_awkward_cases_are_awkward() -> None:
@@ -205,10 +222,10 @@ def test_caches_are_weighed(rows: pandas.DataFrame) -> None:
     assert len(memory) == 6
     assert (memory["allocated_bytes"] == memory["predicted_bytes"]).all()
     for row in memory.to_dict("records"):
-        by_hand = 2 * 2 * 2 * row["shape.n_kv_heads"] * 37 * 10 * (4 if row["dtype"] == "float32" else 2)
+        by_hand = 2 * 2 * 2 * row["shape.n_kv_heads"] * 37 * 8 * (4 if row["dtype"] == "float32" else 2)
         assert row["allocated_bytes"] == by_hand  # K and V, two layers, two sequences
     too_big = rows[(rows["kind"] == "memory") & (rows["status"] == "too_big")]
-    shape = ModelShape(2, 1, 6, 2, 10, 1, 1)
+    shape = ModelShape(2, 1, 6, 2, 8, 1, 1)
     assert list(too_big["predicted_bytes"]) == [kv_cache_bytes(shape, 2**20, 2**30, "float32")]
 
 
@@ -223,7 +240,7 @@ def test_a_cache_that_is_not_what_was_predicted_ends_the_run(monkeypatch: pytest
     monkeypatch.setattr(explore_module, "KVCache", Rounded)
     with (
         Run(tmp_path / "r") as run,
-        pytest.raises(AssertionError, match="MHA decode ctx37 b2 fp32: a cache of 122880 by"),
+        pytest.raises(AssertionError, match="MHA decode ctx37 b2 fp32: a cache of 98304 by"),
     ):
         explore(run, POINTS[:1], "cpu")
 
@@ -233,11 +250,12 @@ def test_a_cache_that_is_not_what_was_predicted_ends_the_run(monkeypatch: pytest
 
 def test_progress_names_every_step(folder: Path, told: list[tuple[str, int, int]]) -> None:
     """Minutes without a word look like a hang."""
-    total = 5 * 2 + 7 + 13
+    proofs = 2 * len(implementations())
+    total = proofs + 7 + 13
     assert [done for _, done, _ in told] == [0, *range(total)] and {step[2] for step in told} == {total}
     words = [what for what, _, _ in told]
     assert words[0] == "roofs of this machine" and words[1] == "correctness reference float32"
-    assert words[11] == "cache bytes MHA decode ctx37 b2 fp32" and words[-2] == "MQA prefill ctx37 b2 bf16"
+    assert words[1 + proofs] == "cache bytes MHA decode ctx37 b2 fp32" and words[-2] == "MQA prefill ctx37 b2 bf16"
 
 
 def test_a_second_call_adds_nothing(folder: Path, rows: pandas.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:

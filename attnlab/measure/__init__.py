@@ -19,22 +19,22 @@ import torch
 from torch import Tensor
 
 from attnlab import host
-from attnlab.attention import attend, auto, backend, supports
-from attnlab.measure.clock import event_seconds, interleaved, quartiles
+from attnlab.attention import attend, backend, picked, supports
+from attnlab.measure import clock
+from attnlab.measure.clock import event_seconds, interleaved
 from attnlab.measure.point import Inputs, Point
 from attnlab.measure.roofs import measure_machine, refreshed
-from attnlab.model.llama import Llama
+from attnlab.measure.step import decode_step
 from attnlab.predict.machine import Machine
-from attnlab.predict.time import Prediction, attention_bytes, predict_decode
-from attnlab.shapes import ModelShape, dtype_name, element_bytes
+from attnlab.predict.time import attention_bytes
+from attnlab.shapes import dtype_name, element_bytes
 
-__all__ = ["Inputs", "Point", "measure_machine", "measure_point", "measure_steps", "refreshed"]
+__all__ = ["Inputs", "Point", "decode_step", "measure_machine", "measure_point", "refreshed"]
 
 ROUNDS, SLOW_ROUNDS, SLOW_FACTOR = 20, 5, 10.0
 ORACLE = "reference"  # what the others are checked against, not a contender: it gets as many rounds as a slow arm
 IMPLAUSIBLE = 1.05  # a point above this fraction of its roof is measured again, then not believed
 RETRIES = 3
-QUIET_SECONDS = 1.0  # how long a point waits for other processes to leave the cores alone
 MEMORY_SHARE = 0.6  # a point that needs more of the memory than this is not tried
 QUERY_BLOCK = 512  # queries checked at a time
 CUDA_ROTATION_BYTES = 300 * 10**6  # five times the L2 of the largest card
@@ -90,7 +90,7 @@ def measure_point(
         rotation = inputs.rotation(point) if runnable else []
     except RuntimeError as error:
         for arm in runnable:
-            rows[arm] |= {"status": "oom", "reason": _out_of_memory(error)}
+            rows[arm] |= {"status": "oom", "reason": clock.out_of_memory(error)}
         runnable = []
     warm: dict[str, float] = {}
     for arm in runnable:
@@ -104,7 +104,7 @@ def measure_point(
             output = attend(*rotation[0], causal=causal, impl=arm)
             warm[arm] = time.perf_counter() - began
         except RuntimeError as error:
-            rows[arm] |= {"status": "oom", "reason": _out_of_memory(error)}
+            rows[arm] |= {"status": "oom", "reason": clock.out_of_memory(error)}
             continue
         wrong = relative_error(output, *rotation[0], causal=causal)
         if wrong > tolerance(point.dtype):
@@ -113,24 +113,16 @@ def measure_point(
             )
         rows[arm] |= {"error": wrong, "tolerance": tolerance(point.dtype)}
         rows[arm]["backend"] = backend(arm, *rotation[0], causal=causal)
-        rows[arm]["picked"] = auto.pick(*rotation[0], causal) if arm == "auto" else arm
+        rows[arm]["picked"] = picked(*rotation[0], causal) if arm == "auto" else arm
     # auto is the arm it picks: where both are asked for, they are checked apart and timed once.
     same = {arm: rows[arm]["picked"] for arm in warm if rows[arm]["picked"] in warm.keys() - {arm}}
     if warm:
         timed = {arm: seconds for arm, seconds in warm.items() if arm not in same}
         _time_arms(point, timed, rotation, machine, rounds, rows)
-    for arm, picked in same.items():
-        rows[arm] = rows[picked] | {name: rows[arm][name] for name in ("error", "backend", "picked", "needed_bytes")}
+    for arm, other in same.items():
+        rows[arm] = rows[other] | {name: rows[arm][name] for name in ("error", "backend", "picked", "needed_bytes")}
     for arm in arms:
         yield arm, rows[arm]
-
-
-def _out_of_memory(error: RuntimeError) -> str:
-    """The reason for a row; raises ``error`` again if memory is not what ran out. (The CPU's allocator has no exception
-    of its own.)"""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-        raise error
-    return str(error).split("\n")[0]
 
 
 def _size_fields(point: Point, arm: str) -> dict[str, Any]:
@@ -153,7 +145,7 @@ def _time_arms(
     turn = itertools.cycle(rotation)  # shared, so that no arm finds what another just read
     calls = {arm: (lambda arm=arm: attend(*next(turn), causal=causal, impl=arm)) for arm in arms}
     for attempt in range(RETRIES):
-        busy = host.wait_for_quiet(QUIET_SECONDS)
+        busy = host.wait_for_quiet(clock.QUIET_SECONDS)
         load = host.Load()
         few = _slow(warm, calls, device)
         count = {arm: min(rounds, SLOW_ROUNDS) if arm in few else rounds for arm in arms}
@@ -163,16 +155,19 @@ def _time_arms(
             seconds = interleaved(calls, count, device, per_sample)
         except RuntimeError as error:
             for arm in arms:
-                rows[arm] |= {"status": "oom", "reason": f"while the arms were timed together: {_out_of_memory(error)}"}
+                rows[arm] |= {
+                    "status": "oom",
+                    "reason": f"while the arms were timed together: {clock.out_of_memory(error)}",
+                }
             return
         for arm in arms:
-            least = point.predict(machine, "grouped")
-            rows[arm] |= _time_fields(seconds[arm], point.predict(machine, arm), load, busy)
+            rows[arm] |= clock.time_fields(seconds[arm], point.predict(machine, arm), load, busy)
             rows[arm] |= {
                 "read_bandwidth": machine.read_bandwidth,
                 "copy_bandwidth": machine.copy_bandwidth,
                 "matmul_rate": machine.compute_roof(point.dtype),
-                "fraction_of_roof": max(least.terms["bandwidth"], least.terms["compute"]) / rows[arm]["median"],
+                "binding_roof": point.binding_roof(machine),
+                "fraction_of_roof": point.least_seconds(machine) / rows[arm]["median"],
             }
             if device == "cuda":  # what a user without graphs meets, launches included
                 rows[arm]["eager"] = statistics.median(event_seconds(calls[arm]) for _ in range(SLOW_ROUNDS))
@@ -184,23 +179,6 @@ def _time_arms(
         if rows[arm]["fraction_of_roof"] > IMPLAUSIBLE:
             share = rows[arm]["fraction_of_roof"]
             rows[arm] |= {"status": "implausible", "reason": f"{share:.2f} of the roof after {RETRIES} measurements"}
-
-
-def _time_fields(samples: list[float], prediction: Prediction, load: host.Load, busy: str) -> dict[str, Any]:
-    low, middle, high = quartiles(samples)
-    return {
-        "median": middle,
-        "q25": low,
-        "q75": high,
-        "samples": samples,
-        "rounds": len(samples),
-        "predicted": prediction.seconds,
-        "terms": prediction.terms,
-        "binding": prediction.binding,
-        "flops": prediction.flops,
-        "load": load.cores(),
-        "busy": busy,
-    }
 
 
 def _slow(warm: Mapping[str, float], calls: Mapping[str, Callable[[], object]], device: str) -> set[str]:
@@ -215,44 +193,3 @@ def _slow(warm: Mapping[str, float], calls: Mapping[str, Callable[[], object]], 
     if device == "cpu":
         once |= {arm: min(once[arm], interleaved({arm: calls[arm]}, {arm: 1}, device)[arm][0]) for arm in suspects}
     return {arm for arm in once if once[arm] > SLOW_FACTOR * min(once.values()) or arm == ORACLE}
-
-
-# --- a whole model --------------------------------------------------------------------------------------------------
-
-
-def decode_step(model: Llama, batch: int, context: int) -> Callable[[], Tensor]:
-    """One decode step of ``model`` at a fixed context, ready to time: the cache is filled beforehand, with noise, and
-    set back after every step, so neither prefill nor growth is in the timer. Returns logits [B, 1, vocab]."""
-    cache = model.new_cache(batch, context + 1)
-    cache.k.normal_()
-    cache.v.normal_()
-    cache.length = context
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=cache.k.device)
-
-    def step() -> Tensor:
-        with torch.inference_mode():
-            logits = model(token, cache)
-        cache.length = context
-        return logits
-
-    return step
-
-
-def measure_steps(
-    shape: ModelShape, groups: list[int], batch: int, context: int, dtype: str, machine: Machine, rounds: int = ROUNDS
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Time one decode step of whole random models of ``shape``, one per G, interleaved; yield (G, row)."""
-    shapes = {g: shape.with_kv_heads(g) for g in groups}
-    torch.manual_seed(0)
-    models = {g: Llama(shapes[g]).to(machine.device, getattr(torch, dtype)) for g in groups}
-    steps = {str(g): decode_step(models[g], batch, context) for g in groups}
-    for step in steps.values():
-        step()
-    busy = host.wait_for_quiet(QUIET_SECONDS)
-    load = host.Load()
-    seconds = interleaved(steps, dict.fromkeys(steps, rounds), machine.device)
-    for g in groups:
-        prediction = predict_decode(shapes[g], machine, batch, context + 1, dtype, scope="model")
-        row = _time_fields(seconds[str(g)], prediction, load, busy)
-        about = {"status": "ok", "variant": shapes[g].variant, "bytes": prediction.bytes}
-        yield g, {**about, **row, "read_bandwidth": machine.read_bandwidth}

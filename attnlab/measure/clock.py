@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 
+from attnlab import host
+from attnlab.predict.time import Prediction
+
+QUIET_SECONDS = 1.0  # how long a point waits for other processes to leave the cores alone
+UNSTEADY = 0.25  # quartiles further apart than this share of the median: of 20 rounds it is then uncertain by a tenth
+
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]], rounds: Mapping[str, int], device: str, calls_per_sample: int = 1
@@ -63,3 +69,30 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
     """25 %, 50 % and 75 % of the samples."""
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return low, middle, high
+
+
+def time_fields(samples: list[float], prediction: Prediction, load: host.Load, busy: str) -> dict[str, Any]:
+    """What a row says of its samples, its prediction, and who else kept the machine busy meanwhile."""
+    low, middle, high = quartiles(samples)
+    return {
+        "median": middle,
+        "q25": low,
+        "q75": high,
+        "unsteady": high - low > UNSTEADY * middle,
+        "samples": samples,
+        "rounds": len(samples),
+        "predicted": prediction.seconds,
+        "terms": prediction.terms,
+        "binding": prediction.binding,
+        "flops": prediction.flops,
+        "load": load.cores(),
+        "busy": busy,
+    }
+
+
+def out_of_memory(error: RuntimeError) -> str:
+    """The reason for a row; raises ``error`` again if memory is not what ran out. (The CPU's allocator has no exception
+    of its own.)"""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        raise error
+    return str(error).split("\n")[0]

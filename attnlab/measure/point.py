@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnlab.errors import check_choice, check_size
 from attnlab.predict.machine import Machine
-from attnlab.predict.time import Prediction, attention_bytes, predict_decode, predict_prefill
+from attnlab.predict.time import Prediction, attention_bytes, least_seconds, predict_decode, predict_prefill
 from attnlab.shapes import ModelShape, dtype_name, element_bytes
 
 
@@ -65,14 +65,24 @@ class Point:
         function = predict_decode if self.kind == "decode" else predict_prefill
         return function(self.shape, machine, self.batch, self.context, self.dtype, impl=impl)
 
+    def least_seconds(self, machine: Machine) -> float:
+        """The roofline of this call on ``machine``."""
+        return least_seconds(self.shape, machine, self.batch, self.queries, self.context, self.dtype)
+
+    def binding_roof(self, machine: Machine) -> float:
+        """Bytes/s that a decode step's loop may be asked for: the read bandwidth, or half the rate of products over the
+        2 R flop that each element of K and V is used for, where that is less. (Half: a loop fed from memory cannot keep
+        every unit busy as a large product can.)"""
+        intensity = 2 * self.shape.group_size / element_bytes(self.dtype)
+        return min(machine.read_bandwidth, machine.compute_roof(self.dtype) / 2 / intensity)
+
     def needed_bytes(self, impl: str) -> int:
-        """Memory that the call needs at once: inputs, output, and what ``impl`` makes of K and V; a kernel's scratch is
-        left out."""
+        """Memory that the call needs at once: inputs, output, what ``impl`` makes of K and V; no kernel's scratch."""
         element, heads = element_bytes(self.dtype), self.n_heads
         kv = 2 * self.batch * self.context * self.head_dim
-        own = attention_bytes(self.shape, self.batch, self.queries, self.context, self.dtype)
-        if impl == "expanded" and 1 < self.n_kv_heads < heads:  # a single head is repeated by a stride of zero
-            own += kv * heads * element
+        sizes = (self.shape, self.batch, self.queries, self.context, self.dtype)
+        own = attention_bytes(*sizes)
+        own += (attention_bytes(*sizes, impl) - own) // 2  # copies are written and read, but held once
         if impl == "reference":  # scores and weights, a mask, and 32-bit copies of 16-bit inputs and output
             wide = max(element, 4)
             own += 2 * self.batch * heads * self.queries * self.context * wide + self.queries * self.context
@@ -89,8 +99,7 @@ class Inputs:
         self._block = torch.empty(0)
 
     def rotation(self, point: Point) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Enough distinct (q, k, v) that one of them is cold again when its turn comes: q [B, H, T, D], k and v [B, G,
-        S, D]."""
+        """So many (q, k, v) that each is cold again when its turn comes: q [B, H, T, D], k and v [B, G, S, D]."""
         q_size = (point.batch, point.n_heads, point.queries, point.head_dim)
         kv_size = (point.batch, point.n_kv_heads, point.context, point.head_dim)
         sizes = [torch.Size(size).numel() for size in (q_size, kv_size, kv_size)]

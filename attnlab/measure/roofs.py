@@ -1,6 +1,8 @@
 """The roofs of this machine, measured: what it reads, copies and multiplies a second, and what a call costs.
 
-Reading is a read-only reduction, the roof of decoding; a copy is a second figure and never its roof.
+Reading is a read-only reduction, the roof of decoding; a copy is a second figure and never its roof. Beside the roofs
+stand the rates that this library's own code reaches when its inputs lie in a cache, and what a layer costs when it has
+next to nothing to do: no roofs, but what a prediction needs, each measured apart from the points it is judged by.
 """
 
 import statistics
@@ -8,11 +10,19 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from attnlab import host
 from attnlab.attention import attend
 from attnlab.measure.clock import interleaved, quartiles
+from attnlab.measure.step import decode_step
+from attnlab.model.layers import product
+from attnlab.model.llama import Llama
 from attnlab.predict.machine import Machine
+from attnlab.shapes import ModelShape
+
+_SMALL_CONTEXT = 64  # the least that is shared out among threads: waking them is part of what a call costs
+_CACHED_BYTES = 2**23  # of K and V, or of a weight, that stay in the last-level cache
 
 
 def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16"), rounds: int = 11) -> Machine:
@@ -27,10 +37,9 @@ def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16
         "copy_bandwidth": _repeat(lambda: target.copy_(source), rounds, device),
         "call_seconds": _repeat(_smallest_call(device), 5 * rounds, device),
     }
-    spread = {
-        name: (quartiles(taken)[2] - quartiles(taken)[0]) / statistics.median(taken) for name, taken in seconds.items()
-    }
     middle = {name: statistics.median(taken) for name, taken in seconds.items()}
+    spread = {name: (quartiles(taken)[2] - quartiles(taken)[0]) / middle[name] for name, taken in seconds.items()}
+    layer, step = _layer_and_step(device, rounds)
     return Machine(
         name=facts["machine"],
         device=device,
@@ -40,6 +49,9 @@ def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16
         call_seconds=middle["call_seconds"],
         memory_bytes=facts["memory_bytes"],
         spread=spread,
+        rates={name: rate for dtype in dtypes for name, rate in _rates(dtype, device, middle["call_seconds"]).items()},
+        layer_seconds=layer,
+        step_seconds=step,
     )
 
 
@@ -64,8 +76,44 @@ def _repeat(call: Callable[[], object], rounds: int, device: str) -> list[float]
 
 
 def _smallest_call(device: str) -> Callable[[], object]:
-    q, kv = torch.ones(1, 8, 1, 64, device=device), torch.ones(1, 8, 1, 64, device=device)
-    return lambda: attend(q, kv, kv, impl="grouped")
+    q, kv = torch.ones(1, 8, 1, 64, device=device), torch.ones(1, 8, _SMALL_CONTEXT, 64, device=device)
+    return lambda: attend(q, kv, kv)
+
+
+def _rates(dtype: str, device: str, call_seconds: float) -> dict[str, float]:
+    """Flop/s of decoding by R, of prefill by T, of a product by rows; the fixed cost of a call taken off."""
+    kind, generator = getattr(torch, dtype), torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=generator).to(kind)
+
+    calls: dict[str, tuple[int, Callable[[], object]]] = {}
+    for group_size in (1, 2, 4, 8, 16, 32):
+        heads, head_dim = 32, 128
+        context = _CACHED_BYTES * group_size // (2 * heads * head_dim * kind.itemsize)
+        q, k, v = random(1, heads, 1, head_dim), *random(2, 1, heads // group_size, context, head_dim)
+        flops = 4 * heads * context * head_dim
+        calls[f"decode {dtype} {group_size}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v)  # type: ignore[misc]
+    for tokens in (256, 512, 1024):
+        q, k, v = random(3, 1, 8, tokens, 128)
+        flops = 4 * 8 * 128 * tokens * (tokens + 1) // 2
+        calls[f"prefill {dtype} {tokens}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v, causal=True)  # type: ignore[misc]
+    for rows in (1, 2, 4, 8, 16, 32, 64, 256):
+        x, linear = random(1, rows, 1024), torch.nn.Linear(1024, _CACHED_BYTES // 1024 // kind.itemsize, bias=False)
+        linear.weight.data = random(linear.out_features, 1024)
+        flops = 2 * rows * linear.weight.numel()
+        calls[f"product {dtype} {rows}"] = flops, lambda x=x, linear=linear: product(x, linear)  # type: ignore[misc]
+    with torch.inference_mode():
+        seconds = {name: statistics.median(_repeat(call, 7, device)) for name, (_, call) in calls.items()}
+    return {name: flops / max(seconds[name] - call_seconds, seconds[name] / 2) for name, (flops, _) in calls.items()}
+
+
+def _layer_and_step(device: str, rounds: int) -> tuple[float, float]:
+    """Seconds that a decode step takes per layer and once, in models so small that nothing else counts."""
+    models = (Llama(ModelShape(layers, 64, 2, 1, 32, 64, 64)).to(device) for layers in (1, 17))
+    one, many = (statistics.median(_repeat(decode_step(model, 1, 8), 5 * rounds, device)) for model in models)
+    layer = max(many - one, 0) / 16
+    return layer, max(one - layer, 0)
 
 
 def _matmul_rate(dtype: str, device: str) -> float:

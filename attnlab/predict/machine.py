@@ -6,12 +6,11 @@ stands behind a measurement: no kernel reaches a datasheet.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from attnlab.errors import InputError, check_choice
+from attnlab.errors import InputError, check_choice, check_positive, write_whole
 from attnlab.shapes import dtype_name
 
 
@@ -19,7 +18,11 @@ from attnlab.shapes import dtype_name
 class Machine:
     """Roofs of one device. Bandwidths in bytes/s (a copy counts what it reads and what it writes), ``matmul_rate`` in
     flop/s per dtype, ``call_seconds`` the fixed cost of one attention call, ``spread`` each figure's interquartile
-    range over its median where it was measured."""
+    range over its median where it was measured.
+
+    Measured machines know more: ``rates``, flop/s at which this library's own code runs on inputs that lie in a cache,
+    by "decode bfloat16 8" (dtype, R), "prefill …" (T) and "product …" (rows); ``layer_seconds`` and ``step_seconds``,
+    what a decode step costs per layer and once when there is next to nothing to compute."""
 
     name: str
     device: str
@@ -29,15 +32,18 @@ class Machine:
     call_seconds: float
     memory_bytes: int
     source: str = "measured"
+    rates: Mapping[str, float] = field(default_factory=dict)
+    layer_seconds: float = 0.0
+    step_seconds: float = 0.0
     spread: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("read_bandwidth", "copy_bandwidth", "call_seconds", "memory_bytes"):
-            value = getattr(self, name)
-            if not _positive(value):
-                raise InputError(f"a machine's {name} must be a number above 0, got {value!r}")
-        if not self.matmul_rate or not all(map(_positive, self.matmul_rate.values())):
-            raise InputError(f"a machine needs at least one matmul_rate, each above 0, got {dict(self.matmul_rate)}")
+            check_positive(f"a machine's {name}", getattr(self, name))
+        if not self.matmul_rate:
+            raise InputError("a machine needs at least one matmul_rate, got none")
+        for dtype, rate in self.matmul_rate.items():
+            check_positive(f"a machine's matmul_rate of {dtype}", rate)
 
     def compute_roof(self, dtype: object) -> float:
         """Fastest arithmetic on inputs of ``dtype``, flop/s. On a CPU a 16-bit kernel may convert to float32 and
@@ -49,6 +55,21 @@ class Machine:
                 f"{self.name} has no matmul rate for {dtype_name(dtype)}; known: {', '.join(self.matmul_rate)}"
             )
         return max(rates)
+
+    def rate(self, what: str, dtype: object, size: int) -> float:
+        """``rates`` at ``size``, between its neighbours by powers; ``compute_roof`` where nothing was measured."""
+        prefix = f"{what} {dtype_name(dtype)} "
+        known = sorted(
+            (int(name.removeprefix(prefix)), rate) for name, rate in self.rates.items() if name.startswith(prefix)
+        )
+        if not known:
+            return self.compute_roof(dtype)
+        below = max((one for one in known if one[0] <= size), default=known[0])
+        above = min((one for one in known if one[0] >= size), default=known[-1])
+        if below[0] == above[0]:
+            return below[1]
+        share = math.log(size / below[0]) / math.log(above[0] / below[0])
+        return below[1] ** (1 - share) * above[1] ** share
 
     @staticmethod
     def published(name: str) -> "Machine":
@@ -65,24 +86,12 @@ class Machine:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # ValueError: UTF-8 and JSON
             if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"{path} is not a machine file ({error}); make one with: attnlab machine --out FILE"
-            ) from None
+            remedy = "make one with: attnlab machine --out FILE"
+            raise InputError(f"{path} is not a machine file ({error}); {remedy}") from None
 
     def save(self, path: Path | str) -> None:
         """Write as JSON, entirely or not at all; raises ``InputError`` where that is not possible."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        write_whole(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
 
 def published_machines() -> list[str]:

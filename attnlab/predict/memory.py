@@ -1,20 +1,23 @@
 """Bytes, from a shape alone: what a model stores, what one decode step reads, what it holds at its peak.
 
 - Three different numbers, three names: *stored* (``weight_bytes``, ``kv_cache_bytes``), *read in one decode step*
-  (``weight_read_bytes``, ``decode_read_bytes``) and *held at the peak of a decode step* (``decode_peak_bytes``).
+  (``weight_read_bytes``, ``decode_read_bytes``) and *held at the peak* of a decode step or of a prefill
+  (``decode_peak_bytes``, ``prefill_peak_bytes``).
 - A decode step reads every weight once, however large the batch, except that it looks up only B rows of the embedding
   table; and it reads the whole cache. So sharing heads (arXiv 2305.13245) pays where the cache outweighs the weights.
 - With tensor parallelism every count is of one rank. A rank holds at least one KV head, so the cache stops shrinking
   at P = G ranks: beyond that heads are copied.
 - Everything is an integer, in bytes. 1 KiB = 1024 bytes, 1 GiB = 2^30, but 1 GB = 10^9.
 
-    B batch   S context   L n_layers   d dim   H n_heads   G n_kv_heads   D head_dim   F ffn_dim   V vocab_size
+    B batch   T query tokens   S context   L n_layers   d dim   H n_heads   G n_kv_heads   D head_dim   F ffn_dim
+    V vocab_size
     P tensor_parallel: ranks that share one model. It must divide H, and divide G or be a multiple of it.
 
-Raised by all: ``InputError`` on a size that is not a whole number in [1, 2^40], a dtype outside
-``shapes.ELEMENT_BYTES``, a P that does not fit, and a result of 2^63 bytes or more.
+``kv_dtype``, the cache's, is ``dtype`` unless given. Raised by all: ``InputError`` on a size that is not a whole number
+in [1, 2^40], a dtype outside ``shapes.ELEMENT_BYTES``, a P that does not fit, and a result of 2^63 bytes or more.
 """
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 
 from attnlab.errors import MAX_BYTES, MAX_SIZE, InputError, check_bytes, check_size
@@ -25,16 +28,11 @@ KIB, GIB, GB = 2**10, 2**30, 10**9
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """Bytes of one rank at the peak of a decode step, term by term."""
+    """Bytes of one rank at the peak of a decode step or a prefill, term by term."""
 
-    weights: int
-    """Every parameter."""
-    kv_cache: int
-    """K and V of every sequence's context, in the KV dtype."""
-    logits: int
-    """One score per sequence and vocabulary entry, in the weights' dtype."""
-    activations: int
-    """The largest set of intermediate tensors alive at once in a layer, in the weights' dtype."""
+    weights: int  # every parameter
+    kv_cache: int  # K and V of every sequence's context, in the KV dtype
+    activations: int  # ``activation_bytes``, in the weights' dtype
 
     @property
     def total(self) -> int:
@@ -49,10 +47,8 @@ class PeakBytes:
 def kv_cache_bytes(
     shape: ModelShape, batch: int, context: int, dtype: object = "bfloat16", tensor_parallel: int = 1
 ) -> int:
-    """Bytes of K and V that one rank stores: B · S · (2 · L · max(1, G/P) · D · bytes per element).
-
-    ``dtype`` is the cache's; of a quantised one ("float8", "int8") the elements are counted, not their scales.
-    """
+    """Bytes of K and V that one rank stores: B · S · (2 · L · max(1, G/P) · D · bytes per element). ``dtype`` is the
+    cache's; of a quantised one ("float8", "int8") the elements are counted, not their scales."""
     tokens = check_size("batch", batch) * check_size("context", context)
     return check_bytes("the KV cache", tokens * shape.per_rank(tensor_parallel).kv_bytes_per_token(dtype))
 
@@ -67,9 +63,8 @@ def weight_read_bytes(shape: ModelShape, batch: int, dtype: object = "bfloat16",
     the B rows looked up. A tied table is the head too, so it is read whole and its B rows once more. (With P ranks a
     row lies on one of them; all B are charged to each, which is what the busiest may read.)"""
     rows = check_size("batch", batch) * shape.dim
-    return check_bytes(
-        "the weights read", (_params_read_whole(shape.per_rank(tensor_parallel)) + rows) * element_bytes(dtype)
-    )
+    params = _params_read_whole(shape.per_rank(tensor_parallel)) + rows
+    return check_bytes("the weights read", params * element_bytes(dtype))
 
 
 def decode_read_bytes(
@@ -80,10 +75,7 @@ def decode_read_bytes(
     kv_dtype: object = None,
     tensor_parallel: int = 1,
 ) -> int:
-    """Bytes that one rank reads in one decode step: ``weight_read_bytes`` and the whole cache of S tokens.
-
-    ``kv_dtype`` is ``dtype`` unless given.
-    """
+    """Bytes that one rank reads in one decode step: ``weight_read_bytes`` and the whole cache of S tokens."""
     weights = weight_read_bytes(shape, batch, dtype, tensor_parallel)
     cache = kv_cache_bytes(shape, batch, context, dtype if kv_dtype is None else kv_dtype, tensor_parallel)
     return check_bytes("the bytes read", weights + cache)
@@ -91,10 +83,7 @@ def decode_read_bytes(
 
 def traffic_crossover_tokens(shape: ModelShape, dtype: object = "bfloat16", kv_dtype: object = None) -> float:
     """B · S at which a decode step reads as many bytes of cache as of weights; above it the cache is the larger half.
-
-    The B embedding rows are left out: they grow with B alone and are a few thousandths of the whole. ``kv_dtype`` is
-    ``dtype`` unless given.
-    """
+    The B embedding rows are left out: they grow with B alone and are a few thousandths of the whole."""
     weights = _params_read_whole(shape) * element_bytes(dtype)
     return weights / shape.kv_bytes_per_token(dtype if kv_dtype is None else kv_dtype)
 
@@ -107,30 +96,53 @@ def decode_peak_bytes(
     kv_dtype: object = None,
     tensor_parallel: int = 1,
 ) -> PeakBytes:
-    """What one rank holds at the peak of a decode step, as four terms. ``kv_dtype`` is ``dtype`` unless given.
+    """What one rank holds at the peak of a decode step (T = 1), a cache of ``context`` tokens included."""
+    return _peak_bytes(shape, batch, 1, context, dtype, kv_dtype, tensor_parallel)
 
-    Activations, in elements per sequence, are those of the model in this library (T = 1, no gradients):
 
-    - FFN: 3d + 3F: the layer's input, the residual after attention and its normed copy; SwiGLU's gate, up, product.
-    - attention: 2d + max(4 · H·D, H·D + 4 · G·D): the input and its normed copy; while q is rotated, itself and three
-      temporaries, and then, beside q, the same for k.
+def prefill_peak_bytes(
+    shape: ModelShape,
+    batch: int,
+    context: int,
+    dtype: object = "bfloat16",
+    kv_dtype: object = None,
+    tensor_parallel: int = 1,
+) -> PeakBytes:
+    """What one rank holds at the peak of a prefill in one pass, T = S = ``context``, of which ``generate`` heads the
+    last position only. As ``decode_peak_bytes``, but the activations grow with the prompt."""
+    return _peak_bytes(shape, batch, context, context, dtype, kv_dtype, tensor_parallel)
 
-    The larger one counts; it is the FFN's in every published shape. The sum is exact for a loop that keeps the last
-    step's logits while the next step runs, and otherwise too high by the smaller of logits and activations. Left out:
-    the framework's own memory, an attention kernel's scratch, what sampling makes of the logits (greedy makes nothing),
-    and the norm's float32 copies, which only an FFN narrower than twice d would notice. Prefill is not covered: its
-    activations grow with the prompt.
+
+def activation_bytes(shape: ModelShape, batch: int, tokens: int, dtype: object = "bfloat16") -> int:
+    """Bytes of the largest set of intermediate tensors alive at once while the model of this library reads T new tokens
+    of each of B sequences, without gradients. The sets, in elements per token, with q = H·D and kv = G·D:
+
+    - RoPE: 2d, the layer's input and its normed copy; q + 2kv, their one product; 3 (q + kv), while q and k are rotated
+      together. (Norms on q and k leave another q + kv, from here on.)
+    - attention: 3d, as before and the projected output; q + 2kv and the rotated q + kv; q, what attention mixed.
+    - FFN: 3d, the layer's input, the residual after attention and its normed copy; 2F, gate and up; F, their product;
+      and F of silu(gate), or, once that is gone, d of the output.
+    - the head: d, the normed output of every token; and once per sequence V, the logits of its last.
+
+    A layer has, once for all sequences, cosine and sine of 2D and a position of 8 bytes for each of T tokens. Left out:
+    the framework's own memory; scratch inside an attention kernel and copies that an implementation makes; temporaries
+    of the CPU's norm, which an FFN narrower than 2d, or 16-bit norms on wide q and k, would notice.
     """
-    rank, element = shape.per_rank(tensor_parallel), element_bytes(dtype)
-    q, kv = rank.n_heads * rank.head_dim, rank.n_kv_heads * rank.head_dim
-    activations = max(3 * rank.dim + 3 * rank.ffn_dim, 2 * rank.dim + max(4 * q, q + 4 * kv))
-    peak = PeakBytes(
-        weights=weight_bytes(shape, dtype, tensor_parallel),
-        kv_cache=kv_cache_bytes(shape, batch, context, dtype if kv_dtype is None else kv_dtype, tensor_parallel),
-        logits=batch * rank.vocab_size * element,
-        activations=batch * activations * element,
-    )
-    check_bytes("the peak of a decode step", peak.total)
+    d, ffn, element = shape.dim, shape.ffn_dim, element_bytes(dtype)
+    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    product = q + 2 * kv + (q + kv if shape.qk_norm else 0)
+    rope, attention = 2 * d + product + 3 * (q + kv), 3 * d + product + (q + kv) + q
+    layer = batch * max(rope, attention, 3 * d + 3 * ffn + max(ffn, d)) + 2 * shape.head_dim
+    return max(tokens * (layer * element + 8), batch * (tokens * d + shape.vocab_size) * element)
+
+
+def _peak_bytes(
+    shape: ModelShape, batch: int, tokens: int, context: int, dtype: object, kv_dtype: object, tensor_parallel: int
+) -> PeakBytes:
+    weights = weight_bytes(shape, dtype, tensor_parallel)
+    cache = kv_cache_bytes(shape, batch, context, dtype if kv_dtype is None else kv_dtype, tensor_parallel)
+    peak = PeakBytes(weights, cache, activation_bytes(shape.per_rank(tensor_parallel), batch, tokens, dtype))
+    check_bytes("the peak", peak.total)
     return peak
 
 
@@ -142,13 +154,16 @@ def max_batch(
     kv_dtype: object = None,
     tensor_parallel: int = 1,
 ) -> int:
-    """Largest B whose ``decode_peak_bytes`` fit ``capacity_bytes`` of one rank; 0 if not even one sequence fits.
-
-    Exact: all terms but the weights are proportional to B. Raises also if ``capacity_bytes`` is not a whole number
-    in [0, 2^63).
-    """
+    """Largest B whose ``decode_peak_bytes`` fit ``capacity_bytes`` of one rank; 0 if not even one sequence fits. Exact,
+    by bisection. (A prefill of all of them in one pass takes more: ``prefill_peak_bytes``.) Raises also if
+    ``capacity_bytes`` is not a whole number in [0, 2^63)."""
     one = decode_peak_bytes(shape, 1, context, dtype, kv_dtype, tensor_parallel)
-    return _how_many(_check_capacity(capacity_bytes) - one.weights, one.total - one.weights)
+    rank = shape.per_rank(tensor_parallel)
+
+    def held(batch: int) -> int:
+        return one.weights + batch * one.kv_cache + activation_bytes(rank, batch, 1, dtype)
+
+    return bisect_right(range(1, MAX_SIZE + 1), _check_capacity(capacity_bytes), key=held)
 
 
 def max_context(
@@ -159,23 +174,17 @@ def max_context(
     kv_dtype: object = None,
     tensor_parallel: int = 1,
 ) -> int:
-    """Largest S whose ``decode_peak_bytes`` fit ``capacity_bytes`` of one rank; 0 if not even one token fits.
-
-    Exact: only the cache grows with S. The answer may exceed ``shape.max_context``: this is what memory allows, not
-    what the model was trained for. Raises as ``max_batch``.
-    """
+    """Largest S whose ``decode_peak_bytes`` fit ``capacity_bytes`` of one rank; 0 if not even one token fits. Exact:
+    only the cache grows with S. The answer may exceed ``shape.max_context``: this is what memory allows, not what the
+    model was trained for. Raises as ``max_batch``."""
     one = decode_peak_bytes(shape, batch, 1, dtype, kv_dtype, tensor_parallel)
-    return _how_many(_check_capacity(capacity_bytes) - (one.total - one.kv_cache), one.kv_cache)
+    free = _check_capacity(capacity_bytes) - (one.total - one.kv_cache)
+    return min(max(free, 0) // one.kv_cache, MAX_SIZE)
 
 
 def _params_read_whole(shape: ModelShape) -> int:
     """Parameters that a decode step reads whatever B is: all but an embedding table that is not the head as well."""
     return shape.n_params - (0 if shape.tied_embeddings else shape.embedding_params)
-
-
-def _how_many(free: int, each: int) -> int:
-    """How many of ``each`` bytes fit ``free`` bytes, as a valid size: in [0, 2^40]."""
-    return min(max(free, 0) // each, MAX_SIZE)
 
 
 def _check_capacity(value: object) -> int:

@@ -15,6 +15,8 @@ from attnlab.shapes import ModelShape, element_bytes
 
 # Attention plus the seven projections of a LLaMA layer, each taken to cost one call; norms and rotations are small.
 CALLS_PER_LAYER = 8
+OWN = ("auto", "cpp")  # implementations whose rates ``Machine.rates`` holds
+OVERLAP = 4.0  # 1: reading and computing never overlap; infinite: perfectly. Chosen on one half of a grid (LOG.md)
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,11 @@ def predict_decode(
     context: int,
     dtype: object = "bfloat16",
     scope: str = "layer",
-    impl: str = "grouped",
+    impl: str = "auto",
 ) -> Prediction:
     """One decode step at a fixed context: attention of one layer (``scope`` "layer"), or the whole model ("model").
-
-    Raises ``InputError`` on sizes below 1, 2^63 bytes or more, an unknown dtype or scope, or a dtype the machine has
-    no rate for.
-    """
+    Raises ``InputError`` on sizes below 1, 2^63 bytes or more, an unknown dtype or scope, or a dtype the machine has no
+    rate for."""
     return _predict(shape, machine, batch, 1, context, dtype, scope, impl)
 
 
@@ -71,10 +71,18 @@ def predict_prefill(
     context: int,
     dtype: object = "bfloat16",
     scope: str = "layer",
-    impl: str = "grouped",
+    impl: str = "auto",
 ) -> Prediction:
     """Prefill of ``context`` tokens with an empty cache; arguments and errors as ``predict_decode``."""
     return _predict(shape, machine, batch, context, context, dtype, scope, impl)
+
+
+def least_seconds(
+    shape: ModelShape, machine: Machine, batch: int, queries: int, context: int, dtype: object = "bfloat16"
+) -> float:
+    """The roofline of one layer's attention, which nothing beats: the longer of reading and fastest computing."""
+    moved = attention_bytes(shape, batch, queries, context, dtype) / machine.read_bandwidth
+    return max(moved, attention_flops(shape, batch, queries, context) / machine.compute_roof(dtype))
 
 
 def _predict(
@@ -85,17 +93,28 @@ def _predict(
     check_choice("scope", scope, ("layer", "model"))
     moved = attention_bytes(shape, batch, queries, context, dtype, impl)
     flops = attention_flops(shape, batch, queries, context)
-    calls = 1
+    kind, rows = ("decode", shape.group_size) if queries == 1 else ("prefill", queries)
+    rate = machine.rate(kind, dtype, rows) if impl in OWN else machine.compute_roof(dtype)
+    terms = {"bandwidth": moved / machine.read_bandwidth, "compute": flops / rate, "fixed": machine.call_seconds}
+    # Reading and computing at their measured rates hinder each other near the ridge; a roofline is the least of both.
+    together = _overlapped if impl in OWN and machine.rates else max
+    seconds = together(terms["bandwidth"], terms["compute"]) + terms["fixed"]
     if scope == "model":
-        moved = moved * shape.n_layers + weight_read_bytes(shape, batch * queries, dtype)
-        multiplied = shape.n_params - (0 if shape.tied_embeddings else shape.embedding_params)
-        head = shape.embedding_params  # only the last position of a prefill is headed
-        flops = flops * shape.n_layers + 2 * batch * (queries * (multiplied - head) + head)
-        calls = CALLS_PER_LAYER * shape.n_layers
-    terms = {
-        "bandwidth": moved / machine.read_bandwidth,
-        "compute": flops / machine.compute_roof(dtype),
-        "fixed": calls * machine.call_seconds,
-    }
-    seconds = max(terms["bandwidth"], terms["compute"]) + terms["fixed"]
+        weights = weight_read_bytes(shape, batch * queries, dtype)
+        head, layers = shape.embedding_params, shape.n_layers
+        blocks = shape.n_params - head * (1 if shape.tied_embeddings else 2)
+        products = 2 * batch * (queries * blocks + head)  # only the last position of a prefill is headed
+        rate = machine.rate("product", dtype, batch * queries)
+        terms = {
+            "weights": together(weights / machine.read_bandwidth, products / rate),
+            "attention": layers * together(terms["bandwidth"], terms["compute"]),
+            "fixed": machine.step_seconds + layers * (machine.layer_seconds or CALLS_PER_LAYER * machine.call_seconds),
+        }
+        seconds = sum(terms.values())
+        moved, flops = moved * layers + weights, flops * layers + products
     return Prediction(seconds, terms, max(terms, key=lambda name: terms[name]), moved, flops)
+
+
+def _overlapped(reading: float, computing: float) -> float:
+    """Seconds of both together: the longer one, and near the ridge, where each waits for the other at times, more."""
+    return float((reading**OVERLAP + computing**OVERLAP) ** (1 / OVERLAP))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnlab import host, measure
 from attnlab.attention import attend, implementations
-from attnlab.measure import Inputs, Point, decode_step, measure_point, measure_steps, relative_error, tolerance
+from attnlab.measure import Inputs, Point, clock, decode_step, measure_point, relative_error, tolerance
 from attnlab.model import layers
 from attnlab.model.cache import KVCache
 from attnlab.model.llama import Llama
@@ -126,7 +126,20 @@ def test_load_is_in_the_row(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> 
     monkeypatch.setattr(host, "Load", Load)
     row = dict(measure_point(DECODE, ["grouped"], inputs, FAST, rounds=3))["grouped"]
     assert (row["load"], row["busy"], row["rounds"]) == (1.25, "1.9 cores, most by x (7)", 3)
-    assert asked == [measure.QUIET_SECONDS]
+    assert asked == [clock.QUIET_SECONDS]
+
+
+@pytest.mark.parametrize(("later", "unsteady"), [(1.0, False), (1.25, False), (1.4, True)])
+def test_a_machine_that_slows_down_half_way_is_in_the_row(
+    monkeypatch: pytest.MonkeyPatch, inputs: Inputs, later: float, unsteady: bool
+) -> None:
+    """A laptop that throttles has two speeds, and its median is of neither: quartiles 1 and 1.4 about a median of 1.2
+    are a third of it apart."""
+    halves = [1.0] * 10 + [later] * 10
+    monkeypatch.setattr(measure, "interleaved", lambda calls, *_: dict.fromkeys(calls, halves))
+    row = dict(measure_point(DECODE, ["grouped"], inputs, FAST))["grouped"]
+    assert (row["q25"], row["q75"], row["median"]) == (1.0, later, pytest.approx((1 + later) / 2))
+    assert row["unsteady"] is unsteady
 
 
 # --- fair -----------------------------------------------------------------------------------------------------------
@@ -270,7 +283,8 @@ def test_unsupported_is_a_row_with_the_reason(inputs: Inputs) -> None:
     assert rows["flex"]["status"] == "unsupported"
     assert rows["flex"]["reason"].startswith("flex needs CUDA: on cpu")
     assert "median" not in rows["flex"] and rows["flex"]["bytes"] == rows["auto"]["bytes"]
-    assert {row["status"] for arm, row in rows.items() if arm != "flex"} == {"ok"}
+    assert rows["cpp"]["reason"] == "cpp needs a head_dim that is a multiple of 8, got 10"
+    assert {row["status"] for arm, row in rows.items() if arm not in ("cpp", "flex", "triton")} == {"ok"}
 
 
 def test_what_would_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
@@ -406,27 +420,3 @@ def test_a_step_decodes_one_token_at_a_fixed_context(monkeypatch: pytest.MonkeyP
         assert torch.equal(step(), first)
     assert len(seen) == 8 and len(set(seen)) == 1
     assert first.shape == (3, 1, 23) and first.isfinite().all()
-
-
-def test_steps_of_whole_models_take_turns_beside_their_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One model after the other, or a prediction at another context or for one layer, and G's effect is made up."""
-    seen: list[tuple[int, torch.dtype]] = []
-
-    def spying(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        seen.append((k.shape[1], q.dtype))
-        return attend(q, k, v, **options)
-
-    monkeypatch.setattr(layers, "attend", spying)
-    rows = dict(measure_steps(SHAPE, [6, 2, 1], 3, 37, "bfloat16", FAST, rounds=4))
-    assert seen == [(g, torch.bfloat16) for g in (6, 6, 2, 2, 1, 1)] * 5  # two layers; one warm-up and four rounds
-    assert list(rows) == [6, 2, 1]
-    for g, row in rows.items():
-        prediction = predict_decode(SHAPE.with_kv_heads(g), FAST, 3, 38, "bfloat16", scope="model")
-        assert (row["predicted"], row["terms"], row["bytes"]) == (
-            prediction.seconds,
-            prediction.terms,
-            prediction.bytes,
-        )
-        assert (row["status"], row["rounds"], len(row["samples"])) == ("ok", 4, 4)
-        assert row["median"] == pytest.approx(numpy.median(row["samples"]), rel=1e-12)
-    assert [row["variant"] for row in rows.values()] == ["MHA", "GQA-2", "MQA"]

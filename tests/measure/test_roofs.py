@@ -60,6 +60,8 @@ def spies(monkeypatch: pytest.MonkeyPatch) -> list[Spy]:
         return {name: [seconds * factor for factor in (0.5, *[1] * (rounds[name] - 2), 9)]}
 
     monkeypatch.setattr(roofs, "interleaved", interleaved)
+    monkeypatch.setattr(roofs, "_rates", lambda dtype, device, call: {f"decode {dtype} 1": 5.0})
+    monkeypatch.setattr(roofs, "_layer_and_step", lambda device, rounds: (7.0, 11.0))
     monkeypatch.setattr(roofs, "_read_bytes", lambda device: BYTES)
     return seen
 
@@ -86,6 +88,8 @@ def test_roofs_are_work_over_time(spies: list[Spy]) -> None:
     assert machine.matmul_rate == pytest.approx({"float32": 2 * 256**3 / 0.04, "bfloat16": 2 * 256**3 / 0.04})
     dtypes = [dtype for spy in spies for dtype in spy.flops]
     assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2  # 128, 256
+    assert machine.rates == {"decode float32 1": 5.0, "decode bfloat16 1": 5.0}
+    assert (machine.layer_seconds, machine.step_seconds) == (7.0, 11.0)
     assert set(machine.spread) == {"read_bandwidth", "copy_bandwidth", "call_seconds"}
     assert all(spread == 0 for spread in machine.spread.values())  # quartiles pass over one lucky sample
 
@@ -104,7 +108,28 @@ def test_only_what_binds_is_measured_beside_each_group(spies: list[Spy]) -> None
 
 
 def test_the_smallest_call_is_a_call_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fixed cost is what remains of a point when there is next to nothing to compute."""
+    """The fixed cost is what remains of a point when there is next to nothing to compute, threads woken included."""
     output = roofs._smallest_call("cpu")()
     assert isinstance(output, Tensor) and output.shape == (1, 8, 1, 64)
     assert math.isclose(float(output.min()), 1) and math.isclose(float(output.max()), 1)
+
+
+def test_rates_are_flops_over_time_less_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate with the fixed cost left in would be counted twice; one of R taken at another R's sizes is another's.
+    Every call here takes 3 ms, 1 ms of it fixed; flops are counted by hand: 8 MiB of K and V are 1,048,576 elements of
+    K."""
+    monkeypatch.setattr(roofs, "_repeat", lambda call, rounds, device: [3e-3] * rounds)
+    rates = roofs._rates("float32", "cpu", 1e-3)
+    assert rates["decode float32 1"] == pytest.approx(4 * 1_048_576 / 2e-3)
+    assert rates["decode float32 8"] == pytest.approx(8 * 4 * 1_048_576 / 2e-3)
+    assert rates["prefill float32 256"] == pytest.approx(4 * 8 * 128 * (256 * 257 // 2) / 2e-3)
+    assert rates["product float32 16"] == pytest.approx(2 * 16 * 2_097_152 / 2e-3)
+    bf16 = roofs._rates("bfloat16", "cpu", 2.9e-3)  # the fixed cost never takes more than half
+    assert bf16["product bfloat16 1"] == pytest.approx(2 * 4_194_304 / 1.5e-3)
+
+
+def test_a_layer_costs_what_sixteen_more_of_them_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of a tiny step divided by its layers would charge the head and the embedding to every layer."""
+    taken = iter((5e-3, 21e-3))
+    monkeypatch.setattr(roofs, "_repeat", lambda call, rounds, device: [next(taken)])
+    assert roofs._layer_and_step("cpu", 3) == (pytest.approx(1e-3), pytest.approx(4e-3))

@@ -1,15 +1,15 @@
 """The memory model, held against published figures, tensors really allocated, and brute force."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from attnlab import KVCache, Llama, ModelShape
 from attnlab.errors import InputError
-from attnlab.model.layers import rotation
+from attnlab.measure.memory import measure_peak
 from attnlab.predict import memory
 from attnlab.shapes import ELEMENT_BYTES
 
@@ -155,47 +155,48 @@ def test_cache_per_rank_stops_shrinking_at_as_many_ranks_as_kv_heads() -> None:
     ]
 
 
-def _peak_of_a_step(shape: ModelShape, batch: int) -> int:
-    """Largest sum of bytes that one block has allocated at once in a decode step, from the allocator's own events."""
-    model, cache = Llama(shape), KVCache(shape, batch, 8)
-    with torch.no_grad():
-        model(torch.zeros(batch, 5, dtype=torch.int64), cache)
-        x = torch.randn(batch, 1, shape.dim)
-        by = rotation(model._frequencies, 5, 1, x.dtype)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            model.layers[0](x, by, cache, 0, "grouped")
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak + x.untyped_storage().nbytes()
-
-
+@pytest.mark.parametrize("scope", ["decode", "prefill"])
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "largest"),
     [
-        replace(TINY, dim=64, ffn_dim=173),  # the FFN's set is the largest
-        ModelShape(2, 64, 8, 8, 16, 32, 101),  # attention's is, while k is rotated
-        ModelShape(2, 64, 8, 1, 16, 32, 101),  # attention's is, while q is rotated
+        (ModelShape(3, 64, 12, 4, 8, 173, 101), lambda d, q, kv, F, V: 3 * d + 4 * F),
+        (ModelShape(3, 64, 3, 1, 8, 47, 101), lambda d, q, kv, F, V: 4 * d + 3 * F),
+        (ModelShape(2, 64, 8, 8, 16, 67, 101), lambda d, q, kv, F, V: 2 * d + 4 * q + 5 * kv),
+        (ModelShape(2, 64, 9, 3, 16, 67, 101, qk_norm=True), lambda d, q, kv, F, V: 2 * d + 5 * q + 6 * kv),
+        (ModelShape(2, 136, 6, 1, 16, 20, 101), lambda d, q, kv, F, V: 3 * d + 3 * q + 3 * kv),
+        (ModelShape(2, 64, 12, 4, 8, 173, 100_003), lambda d, q, kv, F, V: None),
     ],
-    ids=["ffn", "attention-MHA", "attention-MQA"],
+    ids=["FFN", "narrow FFN", "RoPE", "RoPE after norms", "attention", "head"],
 )
-def test_activations_are_the_peak_of_a_real_step(shape: ModelShape) -> None:
-    """Activation memory is a typed-in constant elsewhere; here it is derived, and equals what the allocator saw."""
-    assert memory.decode_peak_bytes(shape, 7, 6, "float32").activations == _peak_of_a_step(shape, 7)
+def test_activations_are_the_peak_of_a_real_model(
+    shape: ModelShape, largest: Callable[..., int | None], scope: str
+) -> None:
+    """Activation memory is a typed-in constant elsewhere; here each set that can be the largest is named by hand, and
+    is to the byte what the allocator saw in a decode step and in a prefill."""
+    batch, context = 7, 13
+    tokens = 1 if scope == "decode" else context
+    row = measure_peak(shape, scope, batch, context, "float32", "cpu")
+    D, d, V = shape.head_dim, shape.dim, shape.vocab_size
+    elements = largest(d, shape.n_heads * D, shape.n_kv_heads * D, shape.ffn_dim, V)
+    head = 4 * batch * (tokens * d + V)
+    by_hand = head if elements is None else tokens * (4 * (batch * elements + 2 * D) + 8)
+    assert row["measured_working"] == by_hand == memory.activation_bytes(shape, batch, tokens, "float32")
+    assert row["terms"]["activations"] == by_hand
 
 
 def test_peak_terms_are_named_and_add_up() -> None:
-    """Logits in the cache's dtype, or a term left out of the total, would pass every test of the terms alone."""
+    """Activations in the cache's dtype, or a term left out of the total, would pass every test of the terms alone."""
     peak = memory.decode_peak_bytes(TINY, 5, 7, "float32", "int8")
     assert peak.terms() == {
         "weights": memory.weight_bytes(TINY, "float32"),
         "kv_cache": memory.kv_cache_bytes(TINY, 5, 7, "int8"),
-        "logits": 4 * 5 * 101,
-        "activations": 4 * 5 * (2 * 23 + 4 * 120),
+        "activations": 4 * (5 * (2 * 23 + 4 * 120 + 5 * 40) + 2 * 10) + 8,
     }
     assert peak.total == sum(peak.terms().values())
+    prefill = memory.prefill_peak_bytes(TINY, 5, 7, "float32", "int8")
+    once = 2 * 10 * 4 + 8  # of each token, for all sequences together
+    assert prefill.activations == 7 * (peak.activations - once) + 7 * once
+    assert (prefill.weights, prefill.kv_cache) == (peak.weights, peak.kv_cache)
     assert memory.decode_peak_bytes(TINY, 5, 7, "float16").kv_cache == memory.kv_cache_bytes(TINY, 5, 7, "float16")
 
 
@@ -242,10 +243,10 @@ def test_solvers_agree_with_brute_force(seed: int) -> None:
 def test_solvers_on_a_published_model() -> None:
     """The readable case: Llama-2-7B on a 24 GiB card, counted here by hand from the published bytes."""
     shape, card = ModelShape.published("llama-2-7b"), 24 * 2**30
-    per_sequence = 2 * (32000 + 3 * 4096 + 3 * 11008)  # logits, and three times residual and FFN, in bf16
+    per_sequence = 2 * (3 * 4096 + 4 * 11008)  # three times the residual, four times the FFN, in bf16
     free = card - 2 * 6_738_415_616
     assert memory.max_batch(shape, card, 4096) == free // (4096 * 512 * 1024 + per_sequence) == 5
-    assert memory.max_context(shape, card, 1) == (free - per_sequence) // (512 * 1024) == 23446
+    assert memory.max_context(shape, card, 1) == (free - per_sequence - 520) // (512 * 1024) == 23446
     assert memory.max_batch(shape, 12 * 2**30, 1) == 0
     assert memory.max_context(shape, 12 * 2**30, 1) == 0
     assert memory.max_context(TINY, 2**63 - 1, 1, "int8") == 2**40  # the largest size there is
@@ -260,6 +261,7 @@ def test_sizes_that_are_not_sizes_are_refused(bad: object) -> None:
         lambda: memory.weight_read_bytes(TINY, bad),  # type: ignore[arg-type]
         lambda: memory.decode_read_bytes(TINY, 5, bad),  # type: ignore[arg-type]
         lambda: memory.decode_peak_bytes(TINY, bad, 5),  # type: ignore[arg-type]
+        lambda: memory.prefill_peak_bytes(TINY, 5, bad),  # type: ignore[arg-type]
         lambda: memory.max_batch(TINY, 10**6, bad),  # type: ignore[arg-type]
         lambda: memory.max_context(TINY, 10**6, bad),  # type: ignore[arg-type]
         lambda: memory.weight_bytes(TINY, tensor_parallel=bad),  # type: ignore[arg-type]
@@ -288,7 +290,7 @@ def test_more_than_2_to_the_63_bytes_are_refused() -> None:
     assert memory.kv_cache_bytes(edge, 2**31, 2**29, "bfloat16") == 2**62  # 4 bytes per token
     with pytest.raises(InputError):
         memory.kv_cache_bytes(edge, 2**31, 2**30, "bfloat16")
-    with pytest.raises(InputError, match="peak of a decode step"):  # each term fits, the sum does not
+    with pytest.raises(InputError, match="the peak comes to"):  # each term fits, the sum does not
         memory.decode_peak_bytes(replace(edge, vocab_size=2**31), 2**30, 2**30, "bfloat16")
 
 

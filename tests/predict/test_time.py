@@ -1,5 +1,6 @@
 """The time model, held against counts made one query at a time, tensors' own sizes, and numbers worked by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from attnlab import ModelShape, predict_decode, predict_prefill
 from attnlab.attention import expanded
 from attnlab.errors import InputError, divisors
 from attnlab.predict.machine import Machine, published_machines
-from attnlab.predict.time import attention_bytes, attention_flops
+from attnlab.predict.time import attention_bytes, attention_flops, least_seconds
 
 SHAPE = ModelShape(n_layers=3, dim=17, n_heads=12, n_kv_heads=4, head_dim=10, ffn_dim=19, vocab_size=23)
 MINE = Machine("m", "cpu", 7e9, 5e9, {"float32": 1.1e11, "bfloat16": 1.3e9}, 1.7e-5, 2**34)
@@ -94,6 +95,39 @@ def test_seconds_by_hand() -> None:
     assert predict_decode(SHAPE, MINE, 1, 1).binding == "fixed"
 
 
+RATED = replace(
+    MINE,
+    rates={"decode float32 2": 4e10, "decode float32 8": 1e10, "product float32 1": 2e10, "product float32 16": 8e10},
+    layer_seconds=3e-6,
+    step_seconds=5e-6,
+)
+
+
+def test_measured_rates_take_the_place_of_the_roof_for_our_own_code_alone() -> None:
+    """A roofline calls every kernel as fast as a large product; the rates are of ours, so no other arm may have them.
+    R = 3 lies between 2 and 8: 4e10 to 1e10 flop/s, by powers."""
+    rate = 4e10 * 0.25 ** (math.log(3 / 2) / math.log(8 / 2))
+    assert RATED.rate("decode", "float32", 3) == pytest.approx(rate)
+    assert RATED.rate("decode", "float32", 1) == 4e10 and RATED.rate("decode", "float32", 64) == pytest.approx(1e10)
+    assert RATED.rate("decode", "bfloat16", 3) == RATED.compute_roof("bfloat16")
+    own, other = (predict_decode(SHAPE, RATED, 5, 1021, "float32", impl=impl) for impl in ("auto", "grouped"))
+    assert other == predict_decode(SHAPE, MINE, 5, 1021, "float32")
+    reading, computing = 4 * 409_600 / 7e9, 2_450_400 / rate
+    assert own.terms == {"bandwidth": pytest.approx(reading), "compute": pytest.approx(computing), "fixed": 1.7e-5}
+    assert own.seconds == pytest.approx((reading**4 + computing**4) ** 0.25 + 1.7e-5)
+    assert least_seconds(SHAPE, RATED, 5, 1, 1021, "float32") == pytest.approx(reading)
+
+
+def test_a_whole_step_counts_what_a_layer_costs_by_itself() -> None:
+    """Dozens of small calls per layer, which no roofline knows, are most of a small model's step."""
+    shape = ModelShape(3, 20, 12, 4, 10, 28, 32, tied_embeddings=True)
+    step = predict_decode(shape, RATED, 2, 101, "float32", scope="model")
+    assert step.terms["fixed"] == pytest.approx(5e-6 + 3 * 3e-6)
+    reading, computing = 4 * (shape.n_params + 2 * 20) / 7e9, 2 * 2 * shape.n_params / (2e10 * 4**0.25)
+    assert step.terms["weights"] == pytest.approx((reading**4 + computing**4) ** 0.25)
+    assert step.seconds == pytest.approx(sum(step.terms.values()))
+
+
 @pytest.mark.parametrize("name", published_machines())
 @pytest.mark.parametrize("groups", [32, 8, 1])
 def test_decode_waits_for_memory_and_prefill_for_arithmetic(name: str, groups: int) -> None:
@@ -118,10 +152,12 @@ def test_a_whole_decode_step_of_llama_2_7b_by_hand() -> None:
     assert (attention, weights) == (2_148_007_936, 13_214_695_424)
     assert step.bytes == attention + weights == 15_362_703_360
     assert step.flops == 32 * 4 * 32 * 128 * 4096 + 2 * (6_738_415_616 - 131_072_000) == 15_362_170_880
-    assert step.terms["bandwidth"] == pytest.approx(4.58588e-3, rel=1e-5)
-    assert step.terms["compute"] == pytest.approx(1.55330e-5, rel=1e-5)
-    assert step.terms["fixed"] == pytest.approx(8 * 32 * 5e-6)
-    assert step.seconds == pytest.approx(4.58588e-3 + 1.28e-3, rel=1e-5) and step.binding == "bandwidth"
+    assert step.terms == {
+        "weights": pytest.approx(3.944685e-3, rel=1e-6),
+        "attention": pytest.approx(6.411964e-4, rel=1e-6),
+        "fixed": pytest.approx(8 * 32 * 5e-6),
+    }
+    assert step.seconds == pytest.approx(4.58588e-3 + 1.28e-3, rel=1e-5) and step.binding == "weights"
     batch = predict_decode(ModelShape.published("llama-2-7b"), Machine.published("h100"), 7, 4096, scope="model")
     assert batch.bytes == 7 * attention + weights + 6 * 2 * 4096
     assert batch.flops == 7 * step.flops
@@ -134,7 +170,7 @@ def test_a_whole_prefill_of_llama_2_7b_by_hand() -> None:
     body, head = 6_738_415_616 - 2 * 131_072_000, 131_072_000
     attention = 32 * 4 * 32 * 128 * (4096 * 4097 // 2)
     assert prefill.flops == attention + 2 * (4096 * body + head) == 57_452_999_475_200
-    assert prefill.binding == "compute"
+    assert prefill.binding == "weights"
     assert prefill.seconds == pytest.approx(57_452_999_475_200 / 989e12 + 1.28e-3)
 
 
