@@ -11,10 +11,13 @@ import pandas
 from matplotlib.figure import Figure
 
 from attnlab.errors import InputError, check_choice
+from attnlab.plots.generation import generation, time_per_group
+from attnlab.plots.limit import fraction_of_roof
 from attnlab.plots.memory import capacity, kv_memory
+from attnlab.plots.mistakes import five_ways_it_goes_wrong
 from attnlab.plots.quality import quality, tradeoff
 from attnlab.plots.roofline import prediction, roofline
-from attnlab.plots.speed import decode_batch, decode_context, decode_groups
+from attnlab.plots.speed import decode_batch, decode_context, decode_groups, speedup_over_expanded
 from attnlab.plots.style import save
 from attnlab.plots.variants import variants
 
@@ -40,8 +43,13 @@ FIGURES = {
         Chart(decode_groups, "Time of one decode step's attention over KV heads, per implementation, and predicted."),
         Chart(decode_context, "Time of one decode step's attention over context, per variant, and predicted."),
         Chart(decode_batch, "Time of one decode step's attention over batch, per variant, and predicted."),
+        Chart(speedup_over_expanded, "How many times as fast as with K and V repeated to all heads, over KV heads."),
+        Chart(fraction_of_roof, "Share of the roofline that each implementation reaches, at every G."),
         Chart(roofline, "Decode attention under this machine's measured roofs: attained against possible."),
         Chart(prediction, "Predicted over measured time of every point, with median and 90th-percentile error."),
+        Chart(generation, "Tokens per second of a whole model over batch, per variant, until memory ends."),
+        Chart(time_per_group, "What a token costs a whole model with fewer KV heads, and what was published."),
+        Chart(five_ways_it_goes_wrong, "Five mistakes of benchmarks, made on purpose, beside the right measurement."),
         Chart(quality, "Loss difference from MHA with its 95 % interval, and what these runs could have shown."),
         Chart(tradeoff, "What sharing KV heads saves in memory and time, and costs in quality."),
     )

@@ -66,19 +66,19 @@ def roofline(rows: pandas.DataFrame, machine: str) -> Figure:
 
 @style.styled
 def prediction(rows: pandas.DataFrame, machine: str) -> Figure:
-    """Predicted over measured time of every point of ``grouped``: decode, and prefill marked apart."""
+    """Predicted over measured time of every point of ``auto``: decode, and prefill marked apart."""
     parts = {"decode": timed(rows, "decode", machine)}
     with contextlib.suppress(InputError):
         parts["prefill"] = timed(rows, "prefill", machine)
     drawn = pandas.concat(parts.values())
-    drawn = drawn[drawn["impl"] == "grouped"]
+    drawn = drawn[drawn["impl"] == "auto"]
     if drawn.empty:
-        raise InputError(f"grouped was not measured on {machine}")
+        raise InputError(f"auto was not measured on {machine}")
     drawn = drawn.assign(off=prediction_error(drawn))
     figure, axes = style.canvas(
         "Predicted against measured time of one attention call",
-        "Predicted from sizes and this machine's measured roofs. Band: within 25 % of the measurement. Every point of "
-        "implementation grouped is drawn and counted; error is |predicted − measured| / measured.",
+        "Predicted from sizes, and from roofs, rates and fixed costs measured on this machine. Band: within 25 % of "
+        "the measurement. Every point of auto is drawn and counted; error is |predicted − measured| / measured.",
         source(drawn),
         5.6,
     )

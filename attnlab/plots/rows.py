@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy
 import pandas
 
 from attnlab.errors import InputError
@@ -10,7 +11,7 @@ from attnlab.results import newest
 from attnlab.shapes import element_bytes
 
 GROUPS = "shape.n_kv_heads"
-_SIZES = ("batch", "context", GROUPS, "shape.n_heads", "shape.head_dim")
+SIZES = ("batch", "context", GROUPS, "shape.n_heads", "shape.head_dim")
 
 
 def timed(rows: pandas.DataFrame, kind: str, machine: str) -> pandas.DataFrame:
@@ -21,7 +22,7 @@ def timed(rows: pandas.DataFrame, kind: str, machine: str) -> pandas.DataFrame:
     if chosen.empty:
         raise InputError(f"no {kind} rows of {machine} ended well")
     # Beside rows of a kind without such a size, pandas holds it as a float.
-    return commonest(chosen.astype(dict.fromkeys(_SIZES, int)), ["shape.n_heads", "shape.head_dim"])
+    return commonest(chosen.astype(dict.fromkeys(SIZES, int)), ["shape.n_heads", "shape.head_dim"])
 
 
 def commonest(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
@@ -54,6 +55,22 @@ def best_arm(rows: pandas.DataFrame) -> str:
         if (rows["impl"] == arm).any():
             return arm
     raise InputError("neither auto nor grouped was measured")
+
+
+def contenders(rows: pandas.DataFrame, count: int = 7) -> list[str]:
+    """The implementations to draw as lines: all, or of more than ``count`` those that are fastest over all sizes, with
+    ``grouped`` and ``expanded`` to compare with."""
+    rows = rows[rows["impl"] != "auto"]
+    best = rows.groupby(["dtype", *SIZES])["median"].transform("min")
+    slowness = (rows["median"] / best).groupby(rows["impl"]).median().sort_values(kind="stable")
+    kept = [name for name in slowness.index if name in ("grouped", "expanded")]
+    return kept + [name for name in slowness.index if name not in kept][: count - len(kept)]
+
+
+def crossing(x: Iterable[float], y: Iterable[float], at: float) -> float:
+    """Where a curve through (x, y), x rising, straight between its points on logarithmic axes, is ``at`` high at x; NaN
+    outside of the points. Swap x and y for the place where a rising curve reaches a height."""
+    return float(numpy.exp(numpy.interp(numpy.log(at), numpy.log([*x]), numpy.log([*y]), numpy.nan, numpy.nan)))
 
 
 def source(rows: pandas.DataFrame) -> str:

@@ -65,8 +65,19 @@ IMPLEMENTATIONS = {
     "reference": ("#B5A642", "d"),
     "sdpa": ("#882255", "s"),
     "flex": ("#332288", "^"),
+    "flex_tuned": ("#AB3DF5", ">"),
+    "xformers": ("#F20DC4", "p"),
+    "cudnn": ("#3DABF5", "<"),
+    "flash": ("#0D0DF2", "v"),
+    "flashinfer": ("#910808", "*"),
     "grouped": (INK, "o"),
+    "cpp": ("#2A6F38", "P"),
+    "triton": ("#2A6F38", "D"),
 }
+"""Ink and marker of every implementation, ours last, so that they lie on top; cpp and triton never meet. The inks are
+apart for colour-blind eyes too, by a test."""
+RAMP = (PAPER, "#B9DCD3", "#5FA89B", "#12836F", "#0A4A45")
+"""Little to much, or short to long."""
 P = ParamSpec("P")
 End = tuple[float, float, str, str]
 """Of a line: x, y, what to call it, its colour."""

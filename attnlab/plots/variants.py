@@ -41,16 +41,8 @@ def variants() -> Figure:
             heads.add_patch(Circle((h, bottom + 1), 0.27, facecolor=style.PAPER, edgecolor=style.INK, zorder=2))
             heads.text(h, bottom + 1, f"q{h}", **letters)
             if h % size == 0:
-                box = FancyBboxPatch(
-                    (middle - 0.2, bottom - 0.2),
-                    0.4,
-                    0.4,
-                    "round,pad=0.1",
-                    facecolor=colour,
-                    edgecolor=style.PAPER,
-                    zorder=2,
-                )
-                heads.add_patch(box)
+                look: Any = {"facecolor": colour, "edgecolor": style.PAPER, "zorder": 2}
+                heads.add_patch(FancyBboxPatch((middle - 0.2, bottom - 0.2), 0.4, 0.4, "round,pad=0.1", **look))
                 heads.text(middle, bottom, f"kv{g}", color=style.readable_on(colour), **letters)
     middles = [0.5 - _ROW * index for index in range(len(shapes))]
     cache.barh(middles, [stored[0]] * 4, height=0.62, color=style.GRID)

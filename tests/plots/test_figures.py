@@ -15,25 +15,31 @@ import pandas
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from attnlab import plots
+from attnlab.attention import implementations, peers
 from attnlab.effects import effects
 from attnlab.errors import InputError
 from attnlab.plots import FIGURES, draw_all, style
-from attnlab.predict.memory import decode_peak_bytes
-from attnlab.results import load_results
+from attnlab.plots.rows import contenders, crossing
+from attnlab.predict.memory import decode_peak_bytes, decode_read_bytes, traffic_crossover_tokens
+from attnlab.results import DYNAMIC, OURS, STATIC, load_results
 from attnlab.shapes import ModelShape, variant_name
 
 ROOT = Path(plots.__file__).parent.parent.parent
 H, D, GROUPS, BATCHES, CONTEXTS = 12, 11, (12, 4, 2, 1), (2, 5), (131, 257, 521)
-FACTORS = {"reference": 3.1, "expanded": 7.3, "sdpa": 1.9, "grouped": 1.3, "auto": 1.31}
+FACTORS = {"reference": 3.1, "expanded": 7.3, "sdpa": 1.9, "grouped": 1.3, "cpp": 1.47, "auto": 1.31}
 QUALITY_H, QUALITY_GROUPS, SEEDS = 6, (6, 2, 1), (0, 1, 2)
+IMPLS = (OURS, DYNAMIC, STATIC)
+MODELS = {"short": (3, 48, 96), "long": (7, 96, 288)}  # layers, dim, ffn
+MISTAKES = ("prefill-in-timer", "warm-cache", "float32-label", "expanded-cache", "top-left-mask")
 NEW, OLD, TRAINED = "20270203-000000-speed", "20260203-000000-speed", "20270301-000000-quality"
-ZEN = {"machine": "zen-2c", "device": "cpu", "processor": "Zen", "torch": "2.13.0"}
+ZEN = {"machine": "zen-2c", "device": "cpu", "processor": "Zen", "torch": "2.13.0", "last_level_cache_bytes": 131072}
 HOPPER = {"machine": "hopper", "device": "cuda", "processor": "Hopper GPU", "torch": "2.13.0"}
 MEASURED = [name for name, chart in FIGURES.items() if chart.measured]
 
@@ -65,7 +71,60 @@ def speed_rows(run: str, machine: dict[str, str], slower: float = 1.0) -> Iterat
             "predicted": predicted,
             "read_bandwidth": 17e9,
             "matmul_rate": 97e9,
+            "binding_roof": min(17e9, 97e9 / 2 / (2 * H / g / element)),
             "fraction_of_roof": max(moved / 17e9, flops / 97e9) / median,
+        }
+
+
+def model_rows(machine: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Whole models; MHA of the larger batches does not fit at the longer context."""
+    sizes = itertools.product(MODELS, ("float32", "bfloat16"), GROUPS, (1, 3, 17), (128, 2048), IMPLS)
+    for number, (model, dtype, g, batch, context, impl) in enumerate(sizes):
+        layers, dim, ffn = MODELS[model]
+        shape = ModelShape(layers, dim, H, g, D, ffn, 101, tied_embeddings=True)
+        predicted = decode_read_bytes(shape, batch, context, dtype) / 17e9 + 3e-6
+        median = predicted * (1.3 + 0.9 * IMPLS.index(impl)) * (1 + 0.001 * (number % 89))
+        fits = g < H or batch * context < 3 * 2048
+        times = {"median": median, "q25": 0.93 * median, "q75": 1.17 * median, "predicted": predicted}
+        names = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+        yield machine | {
+            "schema": 1,
+            "run": NEW,
+            "key": f"m{number}",
+            "kind": "generate",
+            "status": "ok" if fits else "too_big",
+            "impl": impl,
+            "shape": {"name": model, **{name: getattr(shape, name) for name in names}},
+            "batch": batch,
+            "context": context,
+            "dtype": dtype,
+            **(times | {"tokens_per_second": batch / median} if fits else {}),
+        }
+
+
+def mistake_rows(machine: dict[str, str]) -> Iterator[dict[str, Any]]:
+    for number, (name, g, way) in enumerate(itertools.product(MISTAKES, GROUPS[::-1], ("wrong", "right"))):
+        heads = g if way == "right" else H
+        median = (1 + heads) * 1e-4 * (1 + 0.01 * number)
+        yield machine | {
+            "schema": 1,
+            "run": NEW,
+            "key": f"w{number}",
+            "kind": "mistake",
+            "status": "ok",
+            "name": name,
+            "impl": way,
+            "shape": {"n_heads": H, "n_kv_heads": g, "head_dim": D},
+            "variant": variant_name(H, g),
+            "batch": 5,
+            "context": 2048,
+            "dtype": "bfloat16" if name == "float32-label" else "float32",
+            "bytes": heads * 2**20,
+            "read_bandwidth": 17e9,
+            "error": 0.25 * g if way == "wrong" else 1e-7,
+            "median": median,
+            "q25": 0.93 * median,
+            "q75": 1.17 * median,
         }
 
 
@@ -94,7 +153,8 @@ def quality_rows() -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two machines: an old and a new one of zen-2c, which also trained; one of hopper, without training."""
-    rows = [*speed_rows(NEW, ZEN), *speed_rows(OLD, ZEN, slower=1000), *quality_rows(), *speed_rows(NEW, HOPPER)]
+    rows = [*speed_rows(NEW, ZEN), *model_rows(ZEN), *mistake_rows(ZEN), *speed_rows(OLD, ZEN, slower=1000)]
+    rows += [*quality_rows(), *speed_rows(NEW, HOPPER)]
     for row in rows:
         if row["impl" if "impl" in row else "kind"] == "sdpa" and row["context"] == 257 and row["run"] == NEW:
             row |= {"status": "implausible", "median": 1e-9, "q25": 1e-9, "q75": 1e-9, "reason": "too fast"}
@@ -186,6 +246,7 @@ def test_same_rows_same_bytes(folder: Path, drawn: Drawn) -> None:
     """Dates, versions, ids, hash order or a user's matplotlib settings in the files would make every redraw a change.
     Drawn again by another process with other settings; which also finds that figures come without torch."""
     again = ["variants", "decode_batch", "roofline", "quality", "tradeoff"]  # every kind of mark; `make drift` does all
+    again += ["fraction_of_roof", "generation", "five_ways_it_goes_wrong"]
     code = f"""
 import sys, matplotlib
 matplotlib.rcParams.update({{"font.size": 31, "axes.facecolor": "black", "svg.fonttype": "none", "lines.linewidth": 9}})
@@ -286,9 +347,9 @@ def test_what_did_not_end_well_is_not_drawn(drawn: Drawn) -> None:
     """The times of implausible rows, one nanosecond here, are the first thing a reader would quote."""
     assert "sdpa" not in lines(panel(drawn.figures["decode_groups"], "float32, context 257"))
     assert "sdpa" in lines(panel(drawn.figures["decode_groups"], "float32, context 131"))
-    for name in ("decode_groups", "decode_context", "decode_batch", "prediction"):
+    for name in ("decode_groups", "decode_context", "decode_batch", "prediction", "generation", "time_per_group"):
         for axes in drawn.figures[name].axes:
-            assert all(min(y) > 1e-4 for _, y in lines(axes).values())
+            assert not any(value <= 1e-4 for _, y in lines(axes).values() for value in y)
 
 
 # --- numbers, read back ---------------------------------------------------------------------------------------------
@@ -370,6 +431,255 @@ def test_curves_of_variants_are_the_rows(drawn: Drawn, rows: pandas.DataFrame, n
                 assert f"{variant}, expanded" not in seen  # nothing to expand
 
 
+def test_unsteady_points_are_hollow_and_said(rows: pandas.DataFrame) -> None:
+    """Drawn like any other, the point of a throttled minute is a kink that somebody explains; without such a point the
+    figure speaks of none, and no byte of it changes."""
+    of = chosen(rows, kind="decode", dtype="float32", context=131, batch=2, g=4)
+    marked = rows.assign(unsteady=rows.index.isin(of[of["impl"].isin(["auto", "grouped"])].index))
+    steady = rows.assign(unsteady=False)
+    for name, title, impl in (
+        ("decode_groups", "float32, context 131", "grouped"),
+        ("decode_context", "float32, batch 2", "auto"),
+    ):
+        time = of[of["impl"] == impl]["median"].iloc[0] * 1e3
+        for table, expected in ((marked, [time]), (steady, []), (rows, [])):
+            figure = FIGURES[name].draw(table, "zen-2c")
+            found = {
+                axes.get_title(loc="left"): [
+                    pytest.approx(line.get_ydata()[0], rel=1e-12)
+                    for line in axes.get_lines()
+                    if line.get_markerfacecolor() == style.PAPER
+                ]
+                for axes in figure.axes
+            }
+            assert found.pop(title) == expected and not any(found.values())
+            said = any("Hollow: unsteady" in text.get_text().replace("\n", " ") for text in figure.texts)
+            assert said == bool(expected)
+    only = rows.assign(unsteady=rows["impl"] == "reference")  # which that figure does not draw
+    assert not any("Hollow" in text.get_text() for text in FIGURES["decode_context"].draw(only, "zen-2c").texts)
+
+
+def test_speedup_divides_by_expanded_of_the_same_point(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """Expanded of another G or context below the line gives factors that no reader can reach. (No sdpa at 257.)"""
+    for dtype, context in itertools.product(("float32", "bfloat16"), CONTEXTS):
+        seen = lines(panel(drawn.figures["speedup_over_expanded"], f"{dtype}, context {context}"))
+        assert "expanded" not in seen and "reference" not in seen and ("sdpa" in seen) == (context != 257)
+        point = {"kind": "decode", "dtype": dtype, "context": context, "batch": 2}
+        usual, ours = (chosen(rows, impl=impl, **point).sort_values("shape.n_kv_heads") for impl in ("expanded", "cpp"))
+        ratios = [a / b for a, b in zip(usual["median"], ours["median"], strict=True)]
+        assert seen["cpp"] == ([1, 2, 4, 12], pytest.approx(ratios))
+    without = rows[rows["impl"] != "expanded"]
+    with pytest.raises(InputError, match="hold no expanded to compare with"):
+        FIGURES["speedup_over_expanded"].draw(without, "zen-2c")
+
+
+def test_of_many_implementations_the_fastest_are_drawn(rows: pandas.DataFrame) -> None:
+    """Thirteen lines in a panel are none; which are left out must not depend on the alphabet, and is said."""
+    slower = {"flash": 1.02, "cudnn": 1.5, "xformers": 4, "flashinfer": 1.01, "flex_tuned": 5, "triton": 1.7}
+    grouped = rows[(rows["impl"] == "grouped") & (rows["kind"] == "decode")]
+    times = ["median", "q25", "q75"]
+    arms = [grouped.assign(impl=name, **factor * grouped[times]) for name, factor in slower.items()]
+    many = pandas.concat([rows, *arms])
+    decode = many[(many["kind"] == "decode") & (many["status"] == "ok") & (many["run"] == NEW)]
+    assert set(contenders(decode)) == {"grouped", "expanded", "flash", "flashinfer", "cpp", "cudnn", "sdpa"}
+    assert set(contenders(decode[decode["impl"].isin(FACTORS)])) == set(FACTORS) - {"auto"}
+    figure = FIGURES["decode_groups"].draw(many, "zen-2c")
+    seen = lines(panel(figure, "float32, context 131"))
+    assert {"flash", "cudnn", "cpp"} < set(seen) and not {"triton", "xformers", "reference"} & set(seen)
+    words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+    assert "in fraction_of_roof only: flex_tuned, reference, triton, xformers." in words
+    roof = FIGURES["fraction_of_roof"].draw(many, "zen-2c").axes[0]
+    assert {"flex_tuned", "triton", "xformers", "cpp"} < {label.get_text() for label in roof.get_yticklabels()}
+
+
+def test_bars_across_stand_where_the_cache_would_be_full(drawn: Drawn) -> None:
+    """Who measures with warm caches must see which of the points would have come from them: 128 KiB here, and a token
+    takes 2 G D elements of each sequence."""
+    for dtype, batch in itertools.product(("float32", "bfloat16"), BATCHES):
+        axes = panel(drawn.figures["decode_context"], f"{dtype}, batch {batch}")
+        full = [131072 / (2 * g * D * batch * (4 if dtype == "float32" else 2)) for g in GROUPS]
+        seen = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label() == "fits"]
+        inside = [place for place in full if CONTEXTS[0] < place < CONTEXTS[-1]]
+        assert [place for place in seen if not numpy.isnan(place)] == pytest.approx(inside) and len(seen) == len(full)
+
+
+def test_fraction_of_roof_holds_every_implementation_at_every_g(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """Shares read off a neighbour's square, or only those of the fastest, are the usual way to look good."""
+    for axes, (context, dtype) in zip(
+        drawn.figures["fraction_of_roof"].axes, itertools.product((131, 521), ("float32", "bfloat16")), strict=True
+    ):
+        assert axes.get_title(loc="left") == f"{dtype}, context {context}"
+        groups = [int(label.get_text()) for label in drawn.figures["fraction_of_roof"].axes[-1].get_xticklabels()]
+        names = [label.get_text() for label in drawn.figures["fraction_of_roof"].axes[-2].get_yticklabels()]
+        assert groups == list(GROUPS) and set(names) == {*FACTORS, "can be asked"} - {"auto"}
+        squares = {text.get_position(): text.get_text() for text in axes.texts}
+        for (y, name), (x, g) in itertools.product(enumerate(names), enumerate(groups)):
+            element = 4 if dtype == "float32" else 2
+            if name == "can be asked":
+                moved, flops = 2 * element * 5 * context * g * D, 4 * 5 * H * D * context
+                share = max(moved / 17e9, flops / 97e9) / max(moved / 17e9, 2 * flops / 97e9)
+            else:
+                (share,) = chosen(rows, kind="decode", impl=name, dtype=dtype, context=context, batch=5, g=g)[
+                    "fraction_of_roof"
+                ]
+            assert squares[x + 0.5, y + 0.5] == f"{100 * share:.0f}"
+    lacking = rows[(rows["impl"] != "sdpa") | (rows["shape.n_kv_heads"] != 4)].drop(columns="binding_roof")
+    figure = FIGURES["fraction_of_roof"].draw(lacking, "zen-2c")
+    assert [text.get_text() for text in figure.axes[0].texts].count("–") == 1
+    assert not any("can be asked" in text.get_text() for text in figure.texts)
+
+
+# --- whole models ---------------------------------------------------------------------------------------------------
+
+
+def whole(rows: pandas.DataFrame, **values: Any) -> pandas.DataFrame:
+    return chosen(rows, kind="generate", **{"shape.name" if name == "model" else name: v for name, v in values.items()})
+
+
+def test_generation_ends_where_memory_ends(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """A line that just stops looks as if nobody had measured further: the end of memory is the result."""
+    for dtype, context in itertools.product(("float32", "bfloat16"), (128, 2048)):
+        seen = lines(panel(drawn.figures["generation"], f"{dtype}, context {style.tokens(context)}"))
+        for g in GROUPS:
+            variant, point = variant_name(H, g), {"model": "long", "dtype": dtype, "context": context, "g": g}
+            mine = whole(rows, impl=OURS, **point).sort_values("batch")
+            batches, rates = seen[variant]
+            assert batches == ([1] if (g, context) == (H, 2048) else [1, 3, 17])
+            assert rates == pytest.approx(list(mine["tokens_per_second"]))
+            assert seen[f"{variant}, predicted"][1] == pytest.approx(list(mine["batch"] / mine["predicted"]))
+            theirs = whole(rows, impl=DYNAMIC, **point).sort_values("batch")
+            assert seen[f"{variant}, transformers"][1] == pytest.approx(list(theirs["tokens_per_second"]))
+            crosses = seen.get(f"{variant}, out of memory")
+            assert crosses == (([3], [rates[-1]]) if (g, context) == (H, 2048) else None)
+
+
+def test_rings_stand_where_cache_traffic_overtakes_weights(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """Left of it sharing heads cannot pay, whatever the kernel: a ring in the wrong place sends people to tune it."""
+    layers, dim, ffn = MODELS["long"]
+    for context in (128, 2048):
+        axes = panel(drawn.figures["generation"], f"bfloat16, context {style.tokens(context)}")
+        rings = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label() == "more cache than weights"]
+        expected = []
+        for g in GROUPS:
+            weights = layers * (2 * H * D * dim + 2 * g * D * dim + 3 * dim * ffn + 2 * dim) + dim + 101 * dim
+            expected.append(weights / (2 * layers * g * D) / context)
+        inside = [place for place in expected if 1 < place < 17]
+        assert sorted(rings) == pytest.approx(sorted(inside), rel=1e-6)
+        assert inside
+    long = whole(rows, model="long", impl=OURS, dtype="bfloat16", batch=1).set_index(["context", "shape.n_kv_heads"])
+    axes = panel(drawn.figures["time_per_group"], "bfloat16, long, batch 1")
+    rings = [line for line in axes.get_lines() if line.get_label() == "more cache than weights"]
+    for context, line in zip((128, 2048), rings, strict=True):
+        shape = {g: ModelShape(layers, dim, H, g, D, ffn, 101) for g in GROUPS}
+        more = [g for g in GROUPS if context > traffic_crossover_tokens(shape[g])]
+        assert list(line.get_xdata()) == pytest.approx([g / H for g in more])
+        assert list(line.get_ydata()) == pytest.approx(
+            [100 * long["median"][context, g] / long["median"][context, H] for g in more]
+        )
+
+
+def test_time_per_group_is_of_mha_of_the_same_model(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """Divided by another context's MHA, every curve starts elsewhere than at 100 %; and the paper's points are its
+    table's."""
+    for dtype in ("float32", "bfloat16"):
+        seen = lines(panel(drawn.figures["time_per_group"], f"{dtype}, long, batch 1"))
+        for context in (128, 2048):
+            times = whole(rows, model="long", impl=OURS, dtype=dtype, batch=1, context=context)
+            times = times.sort_values("shape.n_kv_heads", ascending=False)["median"]
+            parts, shares = seen[f"context {context}"]
+            assert parts == [g / H for g in GROUPS] and shares == pytest.approx(list(100 * times / times.iloc[0]))
+        assert seen["GQA paper"] == ([1, 1 / 8, 1 / 64], pytest.approx([100, 18.54, 15.89], abs=0.01))
+    words = {text.get_text() for axes in drawn.figures["time_per_group"].axes for text in axes.texts}
+    whole_time = whole(rows, model="long", impl=OURS, dtype="float32", batch=1, context=2048, g=H)["median"].iloc[0]
+    assert f"2k: {1e3 * whole_time:.3g} ms" in words
+
+
+@pytest.mark.parametrize("name", ["generation", "time_per_group", "five_ways_it_goes_wrong"])
+def test_whole_models_and_mistakes_need_their_rows(rows: pandas.DataFrame, name: str, tmp_path: Path) -> None:
+    """Each of them left out with a reason, and not a traceback that takes the other figures along."""
+    said: list[str] = []
+    bare = rows[rows["kind"].isin(["decode", "quality"])].drop(columns="name")
+    poor = rows[(rows["batch"] != 3) & (rows["batch"] != 17) & (rows["shape.n_kv_heads"] != H)]
+    poor = poor[poor.get("name") != "warm-cache"]
+    for table in (bare, poor):
+        assert draw_all(table, tmp_path, only=name, machine="zen-2c", say=said.append) == []
+    start = f"{name}.zen-2c is not drawn: "
+    assert (
+        said
+        == {
+            "generation": [
+                f"{start}no generate rows of zen-2c ended well",
+                f"{start}generate rows of zen-2c have one batch only, a curve needs two",
+            ],
+            "time_per_group": [
+                f"{start}no generate rows of zen-2c ended well",
+                f"{start}generate rows of zen-2c have no two G with MHA among them, a curve needs two",
+            ],
+            "five_ways_it_goes_wrong": [
+                f"{start}rows of zen-2c lack {', '.join(MISTAKES)}; measure: pytest bench/test_mistakes.py",
+                f"{start}rows of zen-2c lack warm-cache; measure: pytest bench/test_mistakes.py",
+            ],
+        }[name]
+    )
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_each_mistake_stands_beside_what_is_right(drawn: Drawn, rows: pandas.DataFrame) -> None:
+    """Right and wrong swapped, or one panel's rows under another's title, would teach the mistake."""
+    *panels, summary = drawn.figures["five_ways_it_goes_wrong"].axes
+    claimed = lines(summary)
+    titles = ("Prefill", "Warm", "float32", "Expanded", "Mask")
+    for number, (name, title, axes) in enumerate(zip(MISTAKES, titles, panels, strict=True), 1):
+        assert any(text.get_text().startswith(f"{number}  {title}") for text in axes.texts)
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["MHA", "GQA-4", "GQA-2", "MQA"]
+        for way in ("right", "wrong"):
+            mine = chosen(rows, kind="mistake", name=name, impl=way).sort_values("shape.n_kv_heads", ascending=False)
+            values = mine["bytes"] / 2**20 if name == "expanded-cache" else 1e3 * mine["median"]
+            assert lines(axes)[way][1] == pytest.approx(list(values))
+            gain = values.iloc[0] / values.iloc[-1]
+            assert f"{gain:.3g}×" in [text.get_text() for text in axes.texts]
+            assert claimed[f"{number}, {way}"] == ([pytest.approx(gain)], [-number])
+    assert "output off by 25 % or more" in panels[4].get_xlabel()
+    least = [1e3 * g * 2**20 / 17e9 for g in GROUPS]
+    assert lines(panels[1])["memory read once"][1] == pytest.approx(least)
+
+
+def test_a_crossing_lies_between_its_points() -> None:
+    """Straight on logarithmic axes, and nowhere outside of what was measured."""
+    assert crossing([2, 8], [3, 48], 4) == pytest.approx(12)
+    assert numpy.isnan(crossing([2, 8], [3, 48], 1.9)) and numpy.isnan(crossing([2, 8], [3, 48], 9))
+
+
+def test_inks_of_implementations_are_apart_for_colour_blind_eyes() -> None:
+    """Two of a dozen lines in one grey, to one man in twelve. (Viénot's simulation, distances in CIELAB.)"""
+    dichromats = {
+        "nobody": numpy.eye(3),
+        "protan": numpy.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]),
+        "deutan": numpy.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]),
+    }
+    to_xyz = numpy.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def linear(colour: str) -> Any:
+        part = numpy.array(to_rgb(colour))
+        return numpy.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+
+    def lab(light: Any) -> Any:
+        x, y, z = numpy.cbrt(numpy.maximum(to_xyz @ light / to_xyz.sum(1), 0.008856))
+        return numpy.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    assert set(style.IMPLEMENTATIONS) == {*implementations(), *peers()}
+    inks = {name: colour for name, (colour, _) in style.IMPLEMENTATIONS.items() if name != "triton"}  # cpp's twin
+    paper = to_xyz[1] @ linear(style.PAPER) + 0.05
+    for name, colour in inks.items():
+        assert paper / (to_xyz[1] @ linear(colour) + 0.05) > 2.2, name
+    for eyes, matrix in dichromats.items():
+        seen = {name: lab(numpy.clip(matrix @ linear(colour), 0, 1)) for name, colour in inks.items()}
+        for one, other in itertools.combinations(inks, 2):
+            assert numpy.linalg.norm(seen[one] - seen[other]) > 10, (eyes, one, other)
+
+
 def test_roofline_marks_each_variants_fastest(drawn: Drawn, rows: pandas.DataFrame) -> None:
     """auto hides which implementation won, and a slower arm named as the best undersells the machine."""
     for axes, dtype in zip(drawn.figures["roofline"].axes, ("float32", "bfloat16"), strict=True):
@@ -385,11 +695,11 @@ def test_roofline_marks_each_variants_fastest(drawn: Drawn, rows: pandas.DataFra
             assert f"{variant_name(H, g)}, grouped: {100 * best['fraction_of_roof']:.0f} %" in names
 
 
-def test_prediction_counts_every_point_of_grouped(drawn: Drawn, rows: pandas.DataFrame) -> None:
+def test_prediction_counts_every_point_of_auto(drawn: Drawn, rows: pandas.DataFrame) -> None:
     """An error quoted over a chosen subset, or over the prediction in place of the measurement, flatters."""
     (axes,) = drawn.figures["prediction"].axes
     for kind in ("decode", "prefill"):
-        mine = chosen(rows, kind=kind, impl="grouped")
+        mine = chosen(rows, kind=kind, impl="auto")
         drawings = [line for label, line in lines(axes).items() if label.startswith(kind)]
         seen = sorted(point for line in drawings for point in zip(*line, strict=True))
         assert seen == sorted(zip((1e3 * mine["median"]).tolist(), (1e3 * mine["predicted"]).tolist(), strict=True))
