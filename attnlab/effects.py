@@ -38,9 +38,8 @@ def effects(rows: "pandas.DataFrame") -> list[Effect]:
 
     ``half_width``: of the arm's own 95 % interval, Student's t over the paired differences. ``verdict``: with m arms,
     by t(1 - 0.025/m). ``smallest``: the true difference that would have had a verdict with 80 % probability,
-    (t(1 - 0.025/m) + t(0.8)) · sd / √n. Raises ``InputError`` without MHA
-    rows, with fewer than two pairs, and on rows that do not belong together: of several experiments, corpora,
-    machines, budgets or head counts, or two of one seed.
+    (t(1 - 0.025/m) + t(0.8)) · sd / √n. Raises ``InputError`` without MHA rows, with fewer than two pairs, and on rows
+    that do not belong together: of several experiments, corpora, machines, budgets or head counts, or two of one seed.
     """
     rows = rows[rows["status"] == "ok"]
     for column in ("experiment", "corpus", "machine", "tokens", "shape.n_heads"):

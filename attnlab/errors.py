@@ -7,6 +7,7 @@ into one line on stderr and exit code 2; any other exception is a bug and keeps 
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 MAX_SIZE = 2**40
 MAX_BYTES = 2**63 - 1
@@ -32,6 +33,13 @@ def check_bytes(name: str, value: int) -> int:
     return value
 
 
+def check_positive(name: str, value: object) -> float:
+    """Return ``value`` if it is a finite number above 0, else raise ``InputError``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise InputError(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
 def check_choice(name: str, value: object, valid: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``valid``, else raise ``InputError`` with the nearest names."""
     valid = list(valid)
@@ -40,6 +48,17 @@ def check_choice(name: str, value: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value).lower(), valid, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise InputError(f"unknown {name} {value!r}; {hint}valid: {', '.join(valid)}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text``, entirely or not at all; raises ``InputError`` where that is not possible."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def divisors(n: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 A *run* is one execution of a set of points on one machine: a folder with ``machine.json`` (its description and roofs)
 and ``rows.jsonl``, one JSON object a line. A row's identity is (run, key), the key being a hash of its configuration.
-A row counts once its newline is on disk; what a kill left behind it is cut off and said. Published runs lie in
-``bench/results/<machine>/<run>/``, a user's own in ``runs/<machine>/<run>/``.
+A row counts once its newline is on disk; what a kill left behind it is cut off and said. ``plan.txt`` holds the keys
+that a run sets out to fill: only whole runs are published. Published runs lie in ``bench/results/<machine>/<run>/``, a
+user's own in ``runs/<machine>/<run>/``.
 """
 
 import errno
@@ -17,20 +18,20 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnlab.errors import InputError
+from attnlab.errors import InputError, write_whole
 
 if TYPE_CHECKING:  # pandas costs 0.3 s to import; only load_results needs it
     import pandas
 
 SCHEMA = 1
-STATUSES = ("ok", "oom", "too_big", "unsupported", "implausible", "diverged")
+OURS, DYNAMIC, STATIC = "attnlab", "transformers-dynamic", "transformers-static"  # impl of kind "generate"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = REPOSITORY / "bench" / "results"
-ROWS, MACHINE = "rows.jsonl", "machine.json"
+ROWS, MACHINE, PLAN = "rows.jsonl", "machine.json", "plan.txt"
 
 
 def row_key(configuration: Mapping[str, Any]) -> str:
@@ -42,9 +43,18 @@ def row_key(configuration: Mapping[str, Any]) -> str:
 @functools.cache
 def git_commit() -> str:
     """Short commit of the checkout that holds this library, "-dirty" where it was changed, "" outside a checkout."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+    return _git("describe", "--always", "--dirty", "--exclude=*")
+
+
+def full_commit(name: str) -> str:
+    """The forty digits of a commit, tag or branch of that checkout; "" where there is none of this ``name``."""
+    return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+
+
+def _git(*arguments: str) -> str:
     if not (REPOSITORY / ".git").exists():  # installed inside some other checkout, whose commit is not ours
         return ""
+    command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -52,11 +62,9 @@ def git_commit() -> str:
 
 
 class Run:
-    """A run's folder, opened for writing by one process at a time.
-
-    Opening reads what is there (``rows``, in order), cuts off a torn last line (``repaired`` says so) and takes a lock.
-    Raises ``InputError`` on rows of another schema, damaged rows, an unwritable folder, or a second writer.
-    """
+    """A run's folder, opened for writing by one process at a time. Opening reads what is there (``rows``, in order),
+    cuts off a torn last line (``repaired`` says so) and takes a lock. Raises ``InputError`` on rows of another schema,
+    damaged rows, an unwritable folder, or a second writer."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -68,17 +76,14 @@ class Run:
             raise InputError(f"cannot write to {self.folder}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._file)
-            raise InputError(
-                f"{self.folder} is being written by another process; wait for it, or give another folder"
-            ) from None
-        try:
             self._repair()
             self.rows = _read_rows(self.folder / ROWS)
-        except InputError:
+        except (OSError, InputError) as error:
             os.close(self._file)
-            raise
+            if isinstance(error, InputError):
+                raise
+            remedy = "wait for it, or give another folder"
+            raise InputError(f"{self.folder} is being written by another process; {remedy}") from None
         self._by_key = {row["key"]: row for row in self.rows}
 
     def __enter__(self) -> "Run":
@@ -94,11 +99,8 @@ class Run:
         return self._by_key[key]
 
     def append(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Add one row under ``key`` and return it as stored, with schema, run, commit and time filled in.
-
-        On disk entirely or not at all. Raises ``ValueError`` for a key already there, ``InputError`` when the disk is
-        full.
-        """
+        """Add one row under ``key`` and return it as stored, with schema, run, commit and time filled in. On disk
+        entirely or not at all. Raises ``ValueError`` for a key already there, ``InputError`` on a full disk."""
         if key in self._by_key:
             raise ValueError(f"key {key} is already in {self.folder}")
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -111,13 +113,19 @@ class Run:
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, end)
-            raise InputError(
-                f"cannot write to {self.folder / ROWS}: {error.strerror}; "
-                f"the {len(self.rows)} rows before are safe, rerun to go on"
-            ) from None
+            safe = f"the {len(self.rows)} rows before are safe, rerun to go on"
+            raise InputError(f"cannot write to {self.folder / ROWS}: {error.strerror}; {safe}") from None
         self.rows.append(full)
         self._by_key[key] = full
         return full
+
+    def plan(self, keys: Iterable[str]) -> None:
+        """Add ``keys`` to what this run sets out to hold; ``publish`` refuses it until they are there."""
+        write_whole(self.folder / PLAN, "\n".join(sorted(_planned(self.folder).union(keys))))
+
+    def left(self) -> int:
+        """How many planned rows are not there yet."""
+        return len(_planned(self.folder) - self._by_key.keys())
 
     def _repair(self) -> None:
         content = (self.folder / ROWS).read_bytes()
@@ -128,6 +136,10 @@ class Run:
             self.repaired = f"cut off a torn last line of {torn} bytes in {self.folder / ROWS}; its point is done again"
 
 
+def _planned(folder: Path) -> set[str]:
+    return set((folder / PLAN).read_text().split()) if (folder / PLAN).exists() else set()
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Every whole row of ``path``; a torn last line is warned about and left out."""
     try:
@@ -136,32 +148,26 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if lines.pop():
         warnings.warn(f"{path} ends in a torn line, which is left out", stacklevel=3)
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-            schema, key = row["schema"], str(row["key"])
-            _ = row["run"]
+            schema, _, key = row["schema"], row["run"], str(row["key"])
         except (ValueError, TypeError, KeyError, RecursionError):
-            raise InputError(
-                f"{path}, line {number}: not a row of attnlab (a JSON object with schema, run and key)"
-            ) from None
+            raise InputError(f"{where}: not a row of attnlab (a JSON object with schema, run and key)") from None
         if schema != SCHEMA:
-            raise InputError(f"{path}, line {number}: schema {schema!r}, this version reads schema {SCHEMA}")
-        if key in seen:
-            raise InputError(f"{path}, line {number}: key {key} stands there twice")
-        seen.add(key)
-        rows.append(row)
-    return rows
+            raise InputError(f"{where}: schema {schema!r}, this version reads schema {SCHEMA}")
+        if key in rows:
+            raise InputError(f"{where}: key {key} stands there twice")
+        rows[key] = row
+    return list(rows.values())
 
 
 def load_results(path: Path | str | None = None) -> "pandas.DataFrame":
     """Every row below ``path`` (a run, a machine's folder or a whole tree; the published rows if None), one a line.
-    Nested fields become dotted columns: ``shape.n_kv_heads``, ``terms.bandwidth``.
-
-    Raises ``InputError`` if the folder is absent, holds no rows, or holds rows of another schema.
-    """
+    Nested fields become dotted columns: ``shape.n_kv_heads``, ``terms.bandwidth``. Raises ``InputError`` if the folder
+    is absent, holds no rows, or holds rows of another schema."""
     import pandas
 
     root = PUBLISHED if path is None else Path(path)
@@ -202,13 +208,14 @@ def run_folder(root: Path, machine: str, *, fresh: bool = False, suffix: str = "
 
 
 def publish(run: Path, root: Path | None = None) -> Path:
-    """Copy a finished run under ``root``/<machine>/ (``bench/results`` if None); return where it lies.
-
-    Raises ``InputError`` for a run that is there already, has no rows, or finds no room; nothing half-copied stays.
-    """
+    """Copy a finished run under ``root``/<machine>/ (``bench/results`` if None); return where it lies. Raises
+    ``InputError`` for a run that is there already, has no rows, lacks planned ones, or finds no room for all."""
     rows = _read_rows(run / ROWS) if (run / ROWS).exists() else []
     if not rows:
         raise InputError(f"{run} is not a run: it has no {ROWS} with rows")
+    planned = _planned(run)
+    if left := len(planned - {row["key"] for row in rows}):
+        raise InputError(f"{run} is unfinished: {left} of {len(planned)} planned rows are missing; let it go on first")
     machine = str(rows[0].get("machine"))
     if not re.fullmatch(r"[a-z0-9-]+", machine):  # it becomes a folder's name
         raise InputError(f"{run / ROWS}, line 1: {machine!r} is not a machine's name")

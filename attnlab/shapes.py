@@ -13,20 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnlab.errors import InputError, check_choice, check_size, divisors
+from attnlab.errors import InputError, check_choice, check_positive, check_size, divisors
 
 # Bytes of one element. The 8-bit names count a quantised cache (`--kv-dtype`); no model here computes in them.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
-_DTYPE_ALIASES = {
-    "fp64": "float64",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp8": "float8",
-    "float8_e4m3fn": "float8",
-    "float8_e5m2": "float8",
-}
+_DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+_DTYPE_ALIASES |= dict.fromkeys(("fp8", "float8_e4m3fn", "float8_e5m2"), "float8")
 
 
 def dtype_name(dtype: object) -> str:
@@ -49,12 +41,10 @@ def variant_name(n_heads: int, n_kv_heads: int) -> str:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    ``kind`` "llama3" is computed (Llama 3.1, section 3.4.1 of arXiv 2407.21783: wavelengths longer than
-    ``original_context / low_freq_factor`` are slowed by ``factor``, shorter than ``original_context /
-    high_freq_factor`` kept, blended between). Any other kind can be counted but not run.
-    """
+    """How rotary frequencies are stretched beyond the trained context. ``kind`` "llama3" is computed (Llama 3.1,
+    section 3.4.1 of arXiv 2407.21783: wavelengths longer than ``original_context / low_freq_factor`` are slowed by
+    ``factor``, shorter than ``original_context / high_freq_factor`` kept, blended between). Any other kind can be
+    counted but not run."""
 
     kind: str
     factor: float = 1.0
@@ -88,12 +78,10 @@ class ModelShape:
         for field in ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_context"):
             check_size(field, getattr(self, field))
         if self.n_heads % self.n_kv_heads:
-            raise InputError(
-                f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; "
-                f"valid: {_listed(divisors(self.n_heads))}"
-            )
+            valid = ", ".join(map(str, divisors(self.n_heads)))
+            raise InputError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}; valid: {valid}")
         for field in ("rope_theta", "norm_eps"):
-            _check_positive(field, getattr(self, field))
+            check_positive(field, getattr(self, field))
 
     @property
     def variant(self) -> str:
@@ -115,12 +103,8 @@ class ModelShape:
         """Exact parameter count: embeddings, head unless tied, q k v o, optional q/k/v bias and q/k norms,
         SwiGLU's three matrices, every norm."""
         q, kv, d = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.dim
-        attention = d * q + 2 * d * kv + q * d
-        if self.qkv_bias:
-            attention += q + 2 * kv
-        if self.qk_norm:
-            attention += 2 * self.head_dim
-        layer = attention + 3 * d * self.ffn_dim + 2 * d
+        extras = self.qkv_bias * (q + 2 * kv) + self.qk_norm * 2 * self.head_dim
+        layer = d * q + 2 * d * kv + q * d + extras + 3 * d * self.ffn_dim + 2 * d
         return self.embedding_params * (1 if self.tied_embeddings else 2) + self.n_layers * layer + d
 
     def kv_bytes_per_token(self, dtype: object = "bfloat16") -> int:
@@ -139,17 +123,17 @@ class ModelShape:
     def per_rank(self, tensor_parallel: int) -> "ModelShape":
         """What one of P tensor-parallel ranks holds: H/P query heads, max(1, G/P) KV heads (copied once P > G), an FFN
         and vocabulary slice rounded up; norms are replicated. P must divide H, and divide G or be divided by it."""
-        p = check_size("tensor_parallel", tensor_parallel)
-        if not _rank_count_fits(self, p):
-            valid = [d for d in divisors(self.n_heads) if _rank_count_fits(self, d)]
+        p, g = check_size("tensor_parallel", tensor_parallel), self.n_kv_heads
+        if self.n_heads % p or (g % p and p % g):
+            valid = ", ".join(str(d) for d in divisors(self.n_heads) if g % d == 0 or d % g == 0)
             raise InputError(
-                f"tensor_parallel={p} does not fit {self.n_heads} query heads and {self.n_kv_heads} KV heads: "
-                f"it must divide n_heads, and divide n_kv_heads or be a multiple of it; valid: {_listed(valid)}"
+                f"tensor_parallel={p} does not fit {self.n_heads} query heads and {g} KV heads: "
+                f"it must divide n_heads, and divide n_kv_heads or be a multiple of it; valid: {valid}"
             )
         return replace(
             self,
             n_heads=self.n_heads // p,
-            n_kv_heads=max(1, self.n_kv_heads // p),
+            n_kv_heads=max(1, g // p),
             ffn_dim=-(-self.ffn_dim // p),
             vocab_size=-(-self.vocab_size // p),
         )
@@ -161,12 +145,10 @@ class ModelShape:
 
     @staticmethod
     def from_hf(source: Mapping[str, Any] | str | Path) -> "ModelShape":
-        """Read a Hugging Face configuration: a dict, a ``config.json`` or the directory that holds one.
-
-        Understands Llama, Mistral, SmolLM, Phi-3-like, Qwen2 and Qwen3, in the spelling of any transformers version.
-        What cannot be counted (experts, MLA, other biases, other families) raises ``InputError`` by name. A sliding
-        window shorter than the context is warned about and counted as if absent.
-        """
+        """Read a Hugging Face configuration: a dict, a ``config.json`` or the directory that holds one. Understands
+        Llama, Mistral, SmolLM, Phi-3-like, Qwen2 and Qwen3, in the spelling of any transformers version. What cannot be
+        counted (experts, MLA, other biases, other families) raises ``InputError`` by name. A sliding window shorter
+        than the context is warned about and counted as if absent."""
         return _shape_from_hf(read_hf_config(source))
 
 
@@ -177,31 +159,16 @@ def published_names() -> list[str]:
 
 def matched_ffn_dim(ffn_dim: int, saved_params: int, dim: int, layers: int, matrices: int = 3) -> int:
     """FFN width that spends ``saved_params`` again, spread over ``layers`` FFNs of ``matrices`` dim × width matrices.
-
     Rounded to the nearest integer. SwiGLU has three matrices; with two this reproduces the widening 4096 → 5440 of
-    Shazeer 2019 (arXiv 1911.02150, section 4).
-    """
+    Shazeer 2019 (arXiv 1911.02150, section 4)."""
     per_unit = check_size("layers", layers) * check_size("matrices", matrices) * check_size("dim", dim)
     return ffn_dim + (2 * saved_params + per_unit) // (2 * per_unit)
-
-
-def _rank_count_fits(shape: ModelShape, p: int) -> bool:
-    return shape.n_heads % p == 0 and (shape.n_kv_heads % p == 0 or p % shape.n_kv_heads == 0)
-
-
-def _check_positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise InputError(f"{name} must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _listed(values: list[int]) -> str:
-    return ", ".join(map(str, values))
 
 
 # --- Hugging Face configurations ------------------------------------------------------------------------------------
 
 HF_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")  # of "llama3", there and in ``RopeScaling``
 
 
 def read_hf_config(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -229,12 +196,8 @@ def hf_window(config: Mapping[str, Any]) -> int | None:
     window = config.get("sliding_window", 4096 if config.get("model_type") == "mistral" else None)  # its default
     if window is None or not used:
         return None
-    check_size("sliding_window", window)
-    return window if window < check_size("max_position_embeddings", _max_context(config)) else None
-
-
-def _max_context(config: Mapping[str, Any]) -> Any:
-    return config.get("max_position_embeddings", 4096)
+    longest = check_size("max_position_embeddings", config.get("max_position_embeddings", 4096))
+    return window if check_size("sliding_window", window) < longest else None
 
 
 def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
@@ -253,22 +216,15 @@ def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
             raise InputError(f"cannot count {family!r} with {key}=true: only q/k/v biases of qwen2 are counted")
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"cannot count hidden_act {config['hidden_act']!r}: expected silu (SwiGLU)")
-    missing = [
-        k
-        for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-        if k not in config
-    ]
-    if missing:
+    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    if missing := [key for key in needed if key not in config]:
         raise InputError(f"the configuration lacks {', '.join(missing)}")
     if (window := hf_window(config)) is not None:
         warnings.warn(
             f"sliding window of {window} tokens counted as if absent: every layer is taken to keep its whole context",
             stacklevel=3,
         )
-    heads, dim = (
-        check_size("num_attention_heads", config["num_attention_heads"]),
-        check_size("hidden_size", config["hidden_size"]),
-    )
+    heads, dim = (check_size(key, config[key]) for key in ("num_attention_heads", "hidden_size"))
     # Both keys may be present and null; transformers reads null as the default too.
     kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -284,9 +240,9 @@ def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
         ffn_dim=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_context=_max_context(config),
-        rope_theta=_check_positive("rope_theta", theta),
-        norm_eps=_check_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        max_context=config.get("max_position_embeddings", 4096),
+        rope_theta=check_positive("rope_theta", theta),
+        norm_eps=check_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         name=str(config.get("_name_or_path") or ""),
@@ -296,18 +252,11 @@ def _shape_from_hf(config: dict[str, Any]) -> ModelShape:
 
 def _rope_scaling_from_hf(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
     if kind != "llama3":
-        return RopeScaling(kind=str(kind))
+        return None if kind == "default" else RopeScaling(str(kind))
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return RopeScaling(
-        kind="llama3",
-        factor=_check_positive("llama3 rope factor", rope.get("factor")),
-        low_freq_factor=_check_positive("low_freq_factor", rope.get("low_freq_factor")),
-        high_freq_factor=_check_positive("high_freq_factor", rope.get("high_freq_factor")),
-        original_context=check_size("original_max_position_embeddings", original),
-    )
+    factors: Any = {key: check_positive(f"llama3 rope {key}", rope.get(key)) for key in ROPE_FACTORS}
+    return RopeScaling("llama3", **factors, original_context=check_size("original_max_position_embeddings", original))
 
 
 # --- published shapes -----------------------------------------------------------------------------------------------
@@ -315,41 +264,25 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any], config: Mapping[str, Any]) ->
 # theta 1e6); Llama 3: arXiv 2407.21783, table 3; Mistral: arXiv 2310.06825; SmolLM2: arXiv 2502.02737; the rest from
 # model cards.
 
-
-def _llama(
-    name: str,
-    layers: int,
-    dim: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    ffn: int,
-    vocab: int,
-    context: int,
-    **more: Any,
-) -> ModelShape:
-    return ModelShape(layers, dim, heads, kv_heads, head_dim, ffn, vocab, max_context=context, name=name, **more)
-
-
 _LLAMA31: dict[str, Any] = {"rope_theta": 500000.0, "rope_scaling": RopeScaling("llama3", factor=8.0)}
 _LLAMA32: dict[str, Any] = {"rope_theta": 500000.0, "rope_scaling": RopeScaling("llama3", factor=32.0)}
 _PUBLISHED = {
-    shape.name: shape
-    for shape in (
-        _llama("llama-7b", 32, 4096, 32, 32, 128, 11008, 32000, 2048, norm_eps=1e-6),
-        _llama("llama-13b", 40, 5120, 40, 40, 128, 13824, 32000, 2048, norm_eps=1e-6),
-        _llama("llama-33b", 60, 6656, 52, 52, 128, 17920, 32000, 2048, norm_eps=1e-6),
-        _llama("llama-65b", 80, 8192, 64, 64, 128, 22016, 32000, 2048, norm_eps=1e-5),
-        _llama("llama-2-7b", 32, 4096, 32, 32, 128, 11008, 32000, 4096),
-        _llama("llama-2-13b", 40, 5120, 40, 40, 128, 13824, 32000, 4096),
-        _llama("llama-2-34b", 48, 8192, 64, 8, 128, 22016, 32000, 16384, rope_theta=1e6),
-        _llama("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000, 4096),
-        _llama("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256, 8192, rope_theta=500000.0),
-        _llama("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256, 8192, rope_theta=500000.0),
-        _llama("llama-3.1-405b", 126, 16384, 128, 8, 128, 53248, 128256, 131072, **_LLAMA31),
-        _llama("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, 131072, tied_embeddings=True, **_LLAMA32),
-        _llama("mistral-7b-v0.1", 32, 4096, 32, 8, 128, 14336, 32000, 32768),
-        _llama("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, 8192, tied_embeddings=True, rope_theta=100000.0),
-        _llama("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, 8192, tied_embeddings=True, rope_theta=130000.0),
-    )
+    name: replace(shape, name=name)
+    for name, shape in {  # layers, dim, heads, KV heads, head_dim, FFN, vocabulary, tied, context
+        "llama-7b": ModelShape(32, 4096, 32, 32, 128, 11008, 32000, False, 2048, norm_eps=1e-6),
+        "llama-13b": ModelShape(40, 5120, 40, 40, 128, 13824, 32000, False, 2048, norm_eps=1e-6),
+        "llama-33b": ModelShape(60, 6656, 52, 52, 128, 17920, 32000, False, 2048, norm_eps=1e-6),
+        "llama-65b": ModelShape(80, 8192, 64, 64, 128, 22016, 32000, False, 2048, norm_eps=1e-5),
+        "llama-2-7b": ModelShape(32, 4096, 32, 32, 128, 11008, 32000, False, 4096),
+        "llama-2-13b": ModelShape(40, 5120, 40, 40, 128, 13824, 32000, False, 4096),
+        "llama-2-34b": ModelShape(48, 8192, 64, 8, 128, 22016, 32000, False, 16384, rope_theta=1e6),
+        "llama-2-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 32000, False, 4096),
+        "llama-3-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False, 8192, rope_theta=500000.0),
+        "llama-3-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 128256, False, 8192, rope_theta=500000.0),
+        "llama-3.1-405b": ModelShape(126, 16384, 128, 8, 128, 53248, 128256, False, 131072, **_LLAMA31),
+        "llama-3.2-1b": ModelShape(16, 2048, 32, 8, 64, 8192, 128256, True, 131072, **_LLAMA32),
+        "mistral-7b-v0.1": ModelShape(32, 4096, 32, 8, 128, 14336, 32000, False, 32768),
+        "smollm2-135m": ModelShape(30, 576, 9, 3, 64, 1536, 49152, True, 8192, rope_theta=100000.0),
+        "smollm2-1.7b": ModelShape(24, 2048, 32, 32, 64, 8192, 49152, True, 8192, rope_theta=130000.0),
+    }.items()
 }

@@ -16,7 +16,7 @@ import attnlab
 from attnlab.attention import implementations
 from attnlab.explore import arms
 from attnlab.measure import Point
-from attnlab.results import ROWS, row_key
+from attnlab.results import PLAN, ROWS, row_key
 
 ROOT = Path(attnlab.__file__).parents[1]
 SEED, KILLS, BEFORE_THE_FIRST_ROW = 20261124, 20, 2
@@ -26,12 +26,13 @@ POINTS = [Point("decode", 4, g, 16, 1, 64 + 7 * i, "float32") for g in (4, 2, 1)
 # each costs no import, names it, and says how it ended.
 SWEEPS = f"""
 import os, sys
-from attnlab import host, measure
+from attnlab import host
+from attnlab.measure import clock
 from attnlab.explore import explore
 from attnlab.measure import Point
 from attnlab.results import Run
 
-measure.QUIET_SECONDS = 0.0  # a busy machine makes bad times here, and they are not looked at
+clock.QUIET_SECONDS = 0.0  # a busy machine makes bad times here, and they are not looked at
 
 def sweep():
     with host.timing(), Run(sys.argv[1]) as run:
@@ -144,5 +145,6 @@ def test_killed_at_twenty_points_and_rerun(tmp_path: Path, capsys: pytest.Captur
             assert ended.startswith(kept) and ended.endswith(b"\n")
             rows = [json.loads(line) for line in ended.splitlines()]
             assert len(rows) == len(plan) and {row["key"] for row in rows} == plan
+            assert set((tmp_path / "run" / PLAN).read_text().split()) == plan  # what publishing asks for
             assert {row["status"] for row in rows} <= {"ok", "unsupported", "implausible"}
             kept = ended

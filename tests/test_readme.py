@@ -8,7 +8,7 @@ import pandas
 import pytest
 from rich.console import Console
 
-from attnlab import report
+from attnlab import generated, report
 from attnlab.results import PUBLISHED, headline, load_results, newest
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -44,6 +44,19 @@ def findings(rows, machine):
     return lines
 
 
+def generation(rows):
+    """Whole models beside transformers: every cell at its longest context, and the sentences on all of them."""
+    cells = generated.ratios(rows)
+    longest = cells[cells["context"] == cells.groupby("shape.name")["context"].transform("max")]
+    return shown(generated.table(longest), *(f"{line[0].upper()}{line[1:]}" for line in generated.summary(cells)))
+
+
+def memory(rows):
+    """The proof of a run's bytes and limits."""
+    table, doubts = report.memory_proof(load_results(PUBLISHED / headline() / rows["run"].iloc[0]))
+    return shown(table, *doubts)
+
+
 def outputs():
     """Name of a block -> what it must hold."""
     rows, machine = load_results(PUBLISHED), headline()
@@ -52,11 +65,14 @@ def outputs():
     return {
         "explore": shown(report.explored(speed), *report.error_lines(speed)),
         "findings": shown(*findings(rows, machine)),
+        "arms": shown(*report.arms(speed)),
+        "generation": generation(newest(rows, "generate", machine)),
+        "memory": memory(newest(rows, "peak", machine)),
         "quality": shown(report.quality(newest(rows, "quality", machine))),
     }
 
 
-@pytest.mark.parametrize("name", ["explore", "findings", "quality"])
+@pytest.mark.parametrize("name", ["explore", "findings", "arms", "generation", "memory", "quality"])
 def test_output_is_what_the_rows_say(name):
     """A number typed by hand, or left over from an older run, is how published tables go wrong."""
     blocks = dict(BLOCK.findall(README.read_text(encoding="utf-8")))

@@ -13,11 +13,14 @@ from attnlab.errors import InputError
 from attnlab.predict.machine import Machine
 from attnlab.predict.memory import decode_peak_bytes, decode_read_bytes, kv_cache_bytes, max_batch
 from attnlab.report import (
+    arms,
     compared,
     described,
+    differing,
     error_lines,
     explored,
     memory_numbers,
+    memory_proof,
     memory_tables,
     milliseconds,
     prediction_errors,
@@ -89,6 +92,15 @@ def test_explored_shows_the_row_it_names() -> None:
     assert "context 9, batch 2" in title and "m-1" in title
 
 
+def test_explored_marks_what_was_unsteady() -> None:
+    """A time whose quartiles are far apart reads like any other. Rows that were written before the field are steady."""
+    rows = pandas.DataFrame([row("auto", 6, 0.008, unsteady=True), row("auto", 2, 0.004, unsteady=False)])
+    table = explored(pandas.concat([rows, pandas.DataFrame([row("auto", 1, 0.002)])]))
+    assert [line[5:7] for line in lines(table) if "float32" in line] == [["ms~", "8"], ["ms", "4"], ["ms", "2"]]
+    assert table.caption == "~ unsteady: the quartiles are far apart"
+    assert explored(rows[1:]).caption is explored(rows[1:].drop(columns="unsteady")).caption is None
+
+
 def test_a_run_without_times_is_one_clear_error() -> None:
     """An empty table with headings says that nothing was slow."""
     with pytest.raises(InputError, match="no timed decode rows in this run; let it go on with: attnlab explore"):
@@ -100,21 +112,21 @@ def test_prediction_errors_are_relative_to_what_was_measured() -> None:
     out."""
     rows = pandas.DataFrame(
         [
-            row("grouped", 6, 2.0, predicted=1.0),  # 50 %
-            row("grouped", 2, 1.0, predicted=2.0),  # 100 %
-            row("grouped", 1, 4.0, predicted=3.0),  # 25 %
-            row("grouped", 1, 1.0, predicted=9.0, status="implausible"),
-            row("auto", 6, 1.0, predicted=9.0),
-            row("grouped", 3, 10.0, predicted=9.0, kind="prefill"),  # 10 %
+            row("auto", 6, 2.0, predicted=1.0),  # 50 %
+            row("auto", 2, 1.0, predicted=2.0),  # 100 %
+            row("auto", 1, 4.0, predicted=3.0),  # 25 %
+            row("auto", 1, 1.0, predicted=9.0, status="implausible"),
+            row("grouped", 6, 1.0, predicted=9.0),
+            row("auto", 3, 10.0, predicted=9.0, kind="prefill"),  # 10 %
         ]
     )
     assert list(prediction_errors(rows)) == [0.5, 1.0, 0.25]
-    assert list(prediction_errors(rows, impl="auto")) == [8.0]
+    assert list(prediction_errors(rows, impl="grouped")) == [8.0]
     assert list(prediction_errors(rows, kind="prefill")) == pytest.approx([0.1])
     assert error_lines(rows) == [
         "6 rows: 5 ok, 1 implausible.",
-        "Prediction of decode (grouped, 3 points): median error 50%, 90th percentile 90%.",
-        "Prediction of prefill (grouped, 1 points): median error 10%, 90th percentile 10%.",
+        "Prediction of decode (auto, 3 points): median error 50%, 90th percentile 90%.",
+        "Prediction of prefill (auto, 1 points): median error 10%, 90th percentile 10%.",
     ]
     assert error_lines(rows[rows["status"] != "ok"]) == ["1 rows: 1 implausible."]
 
@@ -210,6 +222,30 @@ def test_runs_that_share_nothing_are_one_clear_error() -> None:
             compared(*pair)
 
 
+def test_differing_names_the_slowest_first() -> None:
+    """Behind twenty points that gained, the one that lost is the one to be read. What is left out is counted."""
+    common = {"kind": "decode", "shape.n_heads": 6, "shape.n_kv_heads": 2, "shape.head_dim": 10, "variant": "GQA-2"}
+    common |= {"batch": 3, "queries": 1, "dtype": "bfloat16", "impl": "sdpa", "low": 0.4, "high": 1.6}
+    ratios = [0.5, 0.8, 1.6, *[1.0] * 3]
+    found = pandas.DataFrame(
+        [common | {"context": 7 + i, "ratio": ratio, "differs": ratio != 1} for i, ratio in enumerate(ratios)]
+    ).assign(unsteady=[True, *[False] * 5])
+    summary, table = differing(found)
+    assert summary.startswith("6 points: B/A is 0.93× (geometric mean) and 1.00× in the median point")
+    assert summary.endswith("3 of them differ significantly, B slower in 1 and faster in 2.")
+    assert [line for line in lines(table) if "sdpa" in line] == [
+        ["GQA-2", "decode", "ctx9", "b3", "bf16", "sdpa", "1.60×", "0.40–1.60", "1.60×"],
+        ["GQA-2", "decode", "ctx8", "b3", "bf16", "sdpa", "0.80×", "0.40–1.60", "0.80×"],
+        ["GQA-2", "decode", "ctx7", "b3", "bf16", "sdpa", "0.50×~", "0.40–1.60", "0.50×"],
+    ]
+    many = pandas.concat([found.assign(context=found["context"] + 10 * i) for i in range(11)]).assign(ratio=1.1)
+    many.loc[many["context"] == 7, ["ratio", "shape.head_dim"]] = 2.2, 11
+    _, table = differing(many)
+    shown = lines(table)
+    assert sum("sdpa" in line for line in shown) == 20 and "and 13 more" in str(table.caption)
+    assert ["GQA-2", "decode", "H6", "D11", "ctx7", "b3", "bf16", "sdpa", "2.20×~", "0.40–1.60", "2.00×"] in shown
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 SHAPE = ModelShape(3, 26, 12, 4, 10, 34, 58, name="small")
@@ -259,6 +295,47 @@ def test_memory_tables_show_the_numbers() -> None:
     assert ["MQA", "16", "0.188"] in [line[:3] for line in variants]
 
 
+# --- memory, proven -------------------------------------------------------------------------------------------------
+
+
+def peak(scope: str, predicted: int, measured: int, **more: Any) -> dict[str, Any]:
+    """A peak of 10 MB stored beside which the rest works."""
+    working = {"predicted_working": predicted - 10**7, "measured_working": measured - 10**7}
+    sizes = {"batch": 2, "context": 7, "predicted_bytes": predicted, "measured_bytes": measured}
+    about = {"kind": "peak", "status": "ok", "scope": scope, "variant": "MQA", "dtype": "bfloat16"}
+    return {**about, **sizes, **working, **more}
+
+
+def limit(what: str, predicted: int, measured: int, step: int) -> dict[str, Any]:
+    """A limit in 3 GiB at 5 sequences or 11 tokens."""
+    fixed = {"context": 11} if what == "batch" else {"batch": 5}
+    found = {"predicted": predicted, "measured": measured, "step": step, "capacity_bytes": 3 * 2**30}
+    return {"kind": "limit", "status": "ok", "what": what, "variant": "MHA", "dtype": "float32", **fixed, **found}
+
+
+def test_a_proof_shows_the_worst_of_its_kind() -> None:
+    """Weights hide what the rest is off by, and a mean hides one bad point: the worst is shown, beside the error of
+    what is neither weights nor cache. An end of memory is judged in steps, not in percent."""
+    rows = [peak("decode", 11_000_000, 11_000_000), peak("decode", 12_100_000, 12_000_000, batch=3)]
+    rows += [peak("decode", 11_990_000, 12_000_000), limit("batch", 29, 30, 1), limit("context", 1000, 970, 10)]
+    rows += [{"kind": "memory", "status": "ok"}, {"kind": "limit", "status": "unsupported"}]
+    table, doubts = memory_proof(pandas.DataFrame(rows))
+    assert lines(table)[4:7] == [
+        ["decode", "3×7", "MQA", "bf16", "12.10", "MB", "12.00", "MB", "+0.8%", "+5.0%"],
+        ["batch", "at", "11", "MHA", "fp32", "29", "30", "-1", "steps"],
+        ["context", "at", "5", "MHA", "fp32", "1,000", "970", "+3", "steps"],
+    ]
+    assert table.title == "Bytes at the peak (batch × context), and what fits 3 GiB"
+    assert doubts == ["context MHA fp32 at 5: predicted 1,000, measured 970"]
+
+
+def test_a_proof_says_which_peak_is_off() -> None:
+    """Too low ends in a crash and too high wastes a card, so both count; 3 % itself is still within the promise."""
+    rows = [peak("prefill", size, 10**8) for size in (103 * 10**6, 97 * 10**6, 1031 * 10**5, 969 * 10**5)]
+    _, doubts = memory_proof(pandas.DataFrame(rows))  # nothing but peaks: a run that was stopped early
+    assert doubts == [f"prefill MQA bf16 2×7: predicted {size} MB, measured 100.00 MB" for size in ("103.10", "96.90")]
+
+
 # --- quality --------------------------------------------------------------------------------------------------------
 
 
@@ -299,3 +376,27 @@ def test_a_sweep_that_cannot_be_judged_is_one_clear_error() -> None:
         quality(pandas.DataFrame(trained(6, "plain", [2.0, 2.1], status="diverged")))
     with pytest.raises(InputError, match="no finished MHA run to compare with"):
         quality(pandas.DataFrame(trained(2, "plain", [2.0, 2.1])))
+
+
+def test_ours_stands_beside_the_quickest_of_the_others() -> None:
+    """A comparison with the slowest rival, with the oracle, or with oneself under another name, flatters. Of two
+    rivals the quicker counts at each point; auto's own pick and the reference are no rivals."""
+    common = {"picked": "cpp", "binding_roof": 1e9, "bytes": 5e8}
+    rows = pandas.DataFrame(
+        [
+            *(row("auto", g, 1.0, **common) for g in (6, 2)),
+            *(row("cpp", g, 1.0) for g in (6, 2)),
+            *(row("sdpa", 6, 4.0), row("grouped", 6, 2.0), row("sdpa", 2, 8.0), row("grouped", 2, 9.0)),
+            *(row("reference", g, 0.1) for g in (6, 2)),
+            *(row("auto", 6, 1.0, batch=4, **common), row("sdpa", 6, 0.5, batch=4)),
+        ]
+    )
+    table, said = arms(rows)
+    assert [line for line in lines(table) if line and line[0] == "float32"] == [
+        ["float32", "MHA", "7", "1e+03", "ms", "4e+03", "ms", "2e+03", "ms", "50%"],
+        ["float32", "GQA-2", "7", "1e+03", "ms", "8e+03", "ms", "9e+03", "ms", "50%"],
+    ]
+    assert said == (
+        "The quickest other implementation takes 2.00 times as long as ours (geometric mean of 3 points), at least "
+        "0.50: MHA float32, context 7, batch 4."
+    )

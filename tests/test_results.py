@@ -19,7 +19,18 @@ import pytest
 
 from attnlab import results
 from attnlab.errors import InputError
-from attnlab.results import ROWS, Run, git_commit, headline, load_results, newest, publish, row_key, run_folder
+from attnlab.results import (
+    ROWS,
+    Run,
+    full_commit,
+    git_commit,
+    headline,
+    load_results,
+    newest,
+    publish,
+    row_key,
+    run_folder,
+)
 
 DIGITS = 0.1 + 0.2  # 0.30000000000000004: one digit less is another number
 ROW: dict[str, Any] = {"kind": "decode", "machine": "m-1", "shape": {"n_kv_heads": 3}, "median": DIGITS}
@@ -305,6 +316,38 @@ def test_published_rows_are_a_copy_and_are_published_once(tmp_path: Path) -> Non
     assert len(lines(target)) == 3
 
 
+def test_a_run_without_its_planned_rows_is_not_published(tmp_path: Path) -> None:
+    """Half a sweep reads like a whole one. What a first call planned is still to come when a second one, with other
+    points, has done all of its own. Runs from before there were plans are what they hold."""
+    folder, root = a_run(tmp_path / "m-1" / "r1", "a"), tmp_path / "published"
+    with Run(folder) as run:
+        assert run.left() == 0
+        run.plan("abc")
+        run.plan(iter("ad"))
+        assert run.left() == 3
+        run.append("d", ROW)
+    expected = r"m-1/r1 is unfinished: 2 of 4 planned rows are missing; let it go on first"
+    with pytest.raises(InputError, match=expected):
+        publish(folder, root)
+    with Run(folder) as run:
+        assert run.left() == 2
+        run.append("b", ROW)
+        run.append("c", ROW)
+        assert run.left() == 0
+    assert not root.exists()
+    target = publish(folder, root)
+    assert [path.name for path in target.iterdir()] == [ROWS] and len(lines(target)) == 4
+
+
+def test_a_plan_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:
+    """Half a plan makes half a run a whole one, and half a key a run that is never finished."""
+    with Run(tmp_path / "r") as run:
+        run.plan("ab")
+        with full_disk(3), pytest.raises(InputError, match=r"cannot write .*/r/plan\.txt: File too large"):
+            run.plan(["a" * 16])
+        assert run.left() == 2
+
+
 def test_a_torn_line_is_not_published(tmp_path: Path) -> None:
     """It would be warned about by everybody who reads the published rows from then on."""
     folder = a_run(tmp_path / "r1")
@@ -375,10 +418,12 @@ def test_the_commit_is_that_of_this_library_or_none(tmp_path: Path, monkeypatch:
     _git(tmp_path, "commit", "-m", "one")
     monkeypatch.setattr(results, "REPOSITORY", tmp_path)
     assert git_commit.__wrapped__() == _git(tmp_path, "rev-parse", "--short", "HEAD") != ""
+    whole = _git(tmp_path, "rev-parse", "HEAD")
+    assert [full_commit(name) for name in ("HEAD", whole[:7], "nowhere", "--all")] == [whole, whole, "", ""]
     (tmp_path / "site-packages" / "file").write_text("2")
     assert git_commit.__wrapped__().endswith("-dirty")
     monkeypatch.setattr(results, "REPOSITORY", tmp_path / "site-packages")
-    assert git_commit.__wrapped__() == ""
+    assert git_commit.__wrapped__() == full_commit("HEAD") == ""
 
 
 def test_appending_does_not_load_pandas() -> None:

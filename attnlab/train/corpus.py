@@ -28,16 +28,12 @@ class Corpus:
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits of the whole text: rows of different corpora must not be compared."""
-        digest = hashlib.sha256(self.train.numpy().data)
-        digest.update(self.validation.numpy().data)
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(torch.cat([self.train, self.validation]).numpy().data).hexdigest()[:16]
 
     def batch(self, seed: int, step: int, batch: int, context: int) -> Tensor:
-        """``batch`` random windows of ``context`` + 1 bytes, [batch, context + 1] int64.
-
-        A function of (seed, step) alone: arms of one seed see the same data in the same order, and a resumed run goes
-        on exactly where it stopped.
-        """
+        """``batch`` random windows of ``context`` + 1 bytes, [batch, context + 1] int64. A function of (seed, step)
+        alone: arms of one seed see the same data in the same order, and a resumed run goes on exactly where it
+        stopped."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(self.train) - context, (batch, 1), generator=generator)
         return self.train[starts + torch.arange(context + 1)].long()

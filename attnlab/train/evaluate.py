@@ -19,8 +19,7 @@ LOGITS = 2**25  # scores held at once: a window of 8192 tokens has 10^9 of them 
 def bits_per_byte(model: Llama, tokens: Tensor, context: int, text_bytes: int | None = None) -> float:
     """−log2 p(text) per byte. ``tokens`` [N] are cut into windows of ``context`` that do not overlap; every token but
     the first is predicted once, from those before it in its window. ``text_bytes`` is what the predicted tokens stand
-    for (one each if None, as for a byte-level model). Raises ``InputError`` on fewer than two tokens, or a context
-    below 1."""
+    for (one each if None: a byte-level model). Raises ``InputError`` on fewer than two tokens or a context below 1."""
     if len(tokens) < 2:
         raise InputError(f"the text has {len(tokens)} tokens, at least 2 are needed to predict one")
     device = model.embed_tokens.weight.device
@@ -28,9 +27,8 @@ def bits_per_byte(model: Llama, tokens: Tensor, context: int, text_bytes: int | 
     rows = max(1, LOGITS // model.shape.vocab_size)
     nats = 0.0
     with torch.inference_mode():
-        windows = [tokens[i * context : (i + 1) * context + 1] for i in range(whole)]
         size = max(1, min(BATCH, WINDOW_TOKENS // context))
-        batches = [torch.stack(windows[i : i + size]) for i in range(0, whole, size)]
+        batches = list(tokens.unfold(0, context + 1, context).split(size)) if whole else []
         if len(rest := tokens[whole * context :]) > 1:
             batches.append(rest[None])
         for batch in batches:
@@ -43,9 +41,7 @@ def bits_per_byte(model: Llama, tokens: Tensor, context: int, text_bytes: int | 
 
 def load_tokenizer(directory: Path | str) -> Any:
     """The tokenizer of a model directory, through transformers (extra ``hf``), never running code from the directory.
-
-    Raises ``InputError`` where transformers is not installed, or the directory holds no tokenizer it can read.
-    """
+    Raises ``InputError`` where transformers is not installed, or the directory holds no tokenizer it can read."""
     try:
         from transformers import AutoTokenizer
     except ImportError:

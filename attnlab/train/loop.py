@@ -27,11 +27,9 @@ def train(
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``recipe``; return ``bits_per_byte`` on validation text, the ``curve`` of [tokens, bits per byte] on its way,
-    ``seconds`` of this process, and ``status`` ("ok", or "diverged" with the step as ``reason``).
-
-    With a ``checkpoint`` path the state is saved there every half minute, atomically, and a run that finds one goes on
-    from it to the same numbers, bit for bit (same machine, same thread count). ``on_step(step, loss)`` reports.
-    """
+    ``seconds`` of this process, and ``status`` ("ok", or "diverged" with the step as ``reason``). With a ``checkpoint``
+    path the state is saved there every half minute, atomically, and a run that finds one goes on from it to the same
+    numbers, bit for bit (same machine, same thread count). ``on_step(step, loss)`` reports."""
     torch.manual_seed(recipe.seed)
     model = Llama(recipe.shape)
     optimizer = recipe.optimizer(model)
@@ -46,8 +44,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         windows = corpus.batch(recipe.seed, step, recipe.batch, recipe.context)
-        logits = model(windows[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
         if not math.isfinite(loss.item()):
             return _diverged(f"loss is {loss.item()} at step {step}", curve)
         optimizer.zero_grad(set_to_none=True)
@@ -77,7 +74,6 @@ def _diverged(reason: str, curve: list[Any]) -> dict[str, Any]:
 def _save(path: Path, model: Llama, optimizer: torch.optim.Optimizer, step: int, curve: list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}, partial
-    )
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}
+    torch.save(state, partial)
     os.replace(partial, path)

@@ -4,6 +4,7 @@ Every variant is trained plain (fewer parameters than MHA) and matched (the FFN 
 seeds. Arms of one seed share data order, so that differences to MHA can be taken seed by seed.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from attnlab import host
-from attnlab.errors import check_size
+from attnlab.errors import check_size, divisors
 from attnlab.results import Run, row_key
 from attnlab.shapes import ModelShape
 from attnlab.train.corpus import Corpus, standard_library
@@ -56,13 +57,11 @@ def plan(
     experiment: str = "first-cut",
     **recipe: Any,
 ) -> list[Planned]:
-    """Every G that divides H × plain and matched × seeds, whole seeds first, so that a partial sweep is still
-    paired."""
+    """Every G that divides H × plain and matched × seeds, whole seeds first: a partial sweep is still paired."""
     check_size("seeds", seeds)
-    groups = [g for g in range(shape.n_heads, 0, -1) if shape.n_heads % g == 0]
     runs = []
     for seed in range(seeds):
-        for g in groups:
+        for g in reversed(divisors(shape.n_heads)):
             for arm in ("plain",) if g == shape.n_heads else ("plain", "matched"):
                 grouped = shape.with_kv_heads(g, match_params=arm == "matched")
                 runs.append(Planned(experiment, arm, Recipe(grouped, seed, tokens, **recipe)))
@@ -78,32 +77,30 @@ def run_sweep(
     folder: Path, runs: Iterable[Planned], corpus: Corpus | None = None, report: Report | None = None
 ) -> list[dict[str, Any]]:
     """Train what ``folder`` does not hold yet, one one-thread process per core, appending a row as each run ends.
-
     ``report(label, step, steps, loss)`` is called about once a second per run. A killed sweep goes on from its rows and
-    checkpoints to the same numbers. Raises ``InputError`` if another process writes to ``folder``.
-    """
+    checkpoints to the same numbers. Raises ``InputError`` if another process writes to ``folder``."""
     corpus = corpus or standard_library()
     facts = host.describe("cpu") | {"threads": 1}
     context = multiprocessing.get_context("spawn")
     progress: Any = context.Queue()
     with Run(folder) as rows, host.training():
-        todo = [planned for planned in runs if row_key(planned.configuration(corpus)) not in rows]
+        keyed = {row_key(planned.configuration(corpus)): planned for planned in runs}
+        rows.plan(keyed)
         pool = ProcessPoolExecutor(
             facts["cores"], mp_context=context, initializer=_start_worker, initargs=(corpus, progress)
         )
         try:
             pending: dict[Future[dict[str, Any]], Planned] = {}
-            for planned in todo:
-                key = row_key(planned.configuration(corpus))
-                pending[pool.submit(_work, planned, folder / "checkpoints" / f"{key}.pt")] = planned
+            for key, planned in keyed.items():
+                if key not in rows:
+                    pending[pool.submit(_work, planned, folder / "checkpoints" / f"{key}.pt")] = planned
             while pending:
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     planned = pending.pop(future)
-                    configuration = planned.configuration(corpus)
+                    configuration, recipe = planned.configuration(corpus), planned.recipe
                     key = row_key(configuration)
-                    shape = planned.recipe.shape
-                    more = {"kind": "quality", "n_params": shape.n_params, "tokens": planned.recipe.tokens}
+                    more = {"kind": "quality", "n_params": recipe.shape.n_params, "tokens": recipe.tokens}
                     rows.append(key, facts | configuration | more | future.result())
                     (folder / "checkpoints" / f"{key}.pt").unlink(missing_ok=True)
                 _drain(progress, report)
@@ -115,16 +112,14 @@ def run_sweep(
 
 
 def _drain(progress: Any, report: Report | None) -> None:
-    latest: dict[str, tuple[int, int, float]] = {}
-    while True:
-        try:
+    latest = {}
+    with contextlib.suppress(queue.Empty):
+        while True:
             label, *state = progress.get_nowait()
-        except queue.Empty:
-            break
-        latest[label] = tuple(state)
-    for label, (step, steps, loss) in latest.items():
+            latest[label] = state
+    for label, state in latest.items():
         if report:
-            report(label, step, steps, loss)
+            report(label, *state)
 
 
 _corpus: Corpus

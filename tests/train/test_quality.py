@@ -110,6 +110,8 @@ def test_a_sweep_writes_whole_rows_and_does_nothing_twice(tmp_path):
     for run, row in zip(two_runs(), sorted(rows, key=lambda row: row["arm"], reverse=True), strict=True):
         assert row["key"] == row_key(run.configuration(a_corpus())) and row["shape"] == asdict(run.recipe.shape)
     assert not list((folder / "checkpoints").glob("*"))
+    with Run(folder) as run:
+        assert run.left() == 0
     before = (folder / "rows.jsonl").read_bytes()
     assert run_sweep(folder, two_runs(), a_corpus()) == rows
     assert (folder / "rows.jsonl").read_bytes() == before
@@ -120,8 +122,8 @@ def test_a_mistake_in_a_worker_reaches_the_caller(tmp_path):
     (run,) = plan(replace(TINY, n_heads=1, n_kv_heads=1), seeds=1, tokens=5000, context=600, experiment="e", batch=3)
     with pytest.raises(RuntimeError, match="random_ expects"):  # the text is shorter than one window
         run_sweep(tmp_path / "run", [run], a_corpus())
-    with Run(tmp_path / "run") as rows:  # and the folder is free again
-        assert rows.rows == []
+    with Run(tmp_path / "run") as rows:  # and the folder is free again, with what it lacks on record
+        assert rows.rows == [] and rows.left() == 1
 
 
 def test_a_second_writer_is_refused(tmp_path):

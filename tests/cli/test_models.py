@@ -1,0 +1,214 @@
+"""Commands about a model: the numbers they print are the model's."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from attnlab import report
+from attnlab.model.checkpoint import save_hf
+from attnlab.model.convert import to_grouped
+from attnlab.model.llama import Llama
+from attnlab.predict.machine import Machine
+from attnlab.predict.memory import decode_peak_bytes
+from attnlab.shapes import ModelShape
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_memory_as_json_is_the_predictors(command: Command) -> None:
+    """A script reads these: bytes are whole numbers, and every option reaches the predictor."""
+    options = ("--batch", 3, "--context", 4096, "--dtype", "fp16", "--kv-dtype", "fp8", "--tensor-parallel", 2)
+    code, out, err = command("memory", "llama-2-70b", *options, "--card", "a100-80gb", "--json")
+    assert (code, err) == (0, "")
+    numbers = json.loads(out)
+    shape, card = ModelShape.published("llama-2-70b"), Machine.published("a100-80gb")
+    assert numbers == report.memory_numbers(shape, 3, 4096, "float16", "float8", 2, card)
+    assert numbers["peak"]["kv_cache"] == 3 * 4096 * 2 * 80 * 4 * 128  # four of eight heads, one byte each
+
+
+def test_memory_defaults(command: Command) -> None:
+    """The model's whole context, one sequence, 16 bit; another G is another model."""
+    numbers = json.loads(command("memory", "llama-2-7b", "--json")[1])
+    assert (numbers["context"], numbers["batch"], numbers["dtype"], numbers["kv_dtype"]) == (
+        *(4096, 1),
+        *("bfloat16", "bfloat16"),
+    )
+    assert numbers["peak"]["kv_cache"] == 2 * 32 * 32 * 128 * 2 * 4096 and numbers["card"] == "h100"
+    shape = ModelShape.published("llama-2-7b").with_kv_heads(8)
+    grouped = json.loads(command("memory", "llama-2-7b", "--kv-heads", 8, "--json")[1])
+    assert grouped["variant"] == "GQA-8"
+    assert grouped["peak"]["total"] == decode_peak_bytes(shape, 1, 4096).total
+
+
+def test_memory_prints_tables(command: Command) -> None:
+    """For people: the terms, and all variants beside each other."""
+    code, out, err = command("memory", "llama-3-8b")
+    assert (code, err) == (0, "")
+    assert "llama-3-8b (GQA-8, 8,030,261,248 parameters)" in out and "GQA-8 ←" in out
+    assert re.search(r"kv cache +│ +1,073,741,824 │ +1\.000", out)
+
+
+CONFIG = {
+    "model_type": "mistral",
+    "num_hidden_layers": 2,
+    "hidden_size": 26,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 34,
+    "vocab_size": 58,
+    "max_position_embeddings": 8192,
+    "sliding_window": None,
+}
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("window", [None, 4095])
+def test_memory_of_ones_own_model(command: Command, tmp_path: Path, window: int | None) -> None:
+    """A config.json or the directory around it. A window that is counted as absent is said, on stderr, where it does
+    not end up in a script's JSON."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG | {"sliding_window": window}))
+    for model in (tmp_path / "m", tmp_path / "m" / "config.json"):
+        code, out, err = command("memory", model, "--json")
+        numbers = json.loads(out)
+        assert code == 0 and numbers["peak"]["kv_cache"] == 2 * 2 * 2 * 10 * 2 * 8192
+        if window is None:
+            assert err == ""
+        else:
+            assert err.startswith("attnlab: note: sliding window of 4095 tokens counted as if absent: ")
+            assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "cannot run model_type 'gpt2'; valid: llama, mistral"),
+        ({"model_type": "qwen3"}, "qwen3"),
+        ({"num_local_experts": 8}, "it has experts (num_local_experts=8)"),
+        ({"sliding_window": 7}, "sliding window"),
+        (None, "no config.json at"),
+    ],
+    ids=["gpt2", "qwen3", "experts", "window", "none"],
+)
+def test_a_checkpoint_of_another_architecture(
+    refused: Callable[..., str], tmp_path: Path, config: dict[str, Any] | None, message: str
+) -> None:
+    """Loaded all the same, its numbers would be those of no model at all."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "text").write_text("some text")
+    if config is not None:
+        (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG | config))
+    for arguments in (("eval", tmp_path / "m", "--text", tmp_path / "text"), ("generate", tmp_path / "m", "hello")):
+        assert message in refused(*arguments)
+
+
+def lively(vocab: int, n_kv_heads: int = 3) -> Llama:
+    """Weights large enough that what comes next depends on the context."""
+    torch.manual_seed(17)
+    model = Llama(ModelShape(2, 18, 6, n_kv_heads, 10, 19, vocab, max_context=23))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize(("context", "window"), [(None, 23), (7, 7), (99, 23)])
+def test_eval_is_bits_per_byte(command: Command, tmp_path: Path, context: int | None, window: int) -> None:
+    """Nats for bits, a mean of means over windows, or a first byte counted as predicted: each gives another model.
+    Here the same number by numpy, window by window; the last window is shorter."""
+    save_hf(model := lively(256), tmp_path / "m")
+    content = "Wörter, 101 € and more: ".encode() * 3
+    (tmp_path / "text").write_bytes(content)
+    options = [] if context is None else ["--context", context]
+    code, out, err = command("eval", tmp_path / "m", "--text", tmp_path / "text", *options)
+    assert (code, err) == (0, "")
+    bits = 0.0
+    for start in range(0, len(content) - 1, window):
+        read = content[start : start + window + 1]
+        with torch.no_grad():
+            logits = model.double()(torch.tensor([list(read[:-1])]))[0].numpy()
+        chances = numpy.exp(logits - logits.max(-1, keepdims=True))
+        chances /= chances.sum(-1, keepdims=True)
+        bits -= sum(math.log2(chances[i, byte]) for i, byte in enumerate(read[1:]))
+    n = len(content)
+    expected = f"{bits / (n - 1):.4f} bits per byte ({n} tokens for {n} bytes, context {window})\n"
+    assert (n - 1) % window and out == expected
+
+
+def test_eval_of_too_little(refused: Callable[..., str], tmp_path: Path) -> None:
+    """Nothing can be predicted of an empty text, or of one byte."""
+    save_hf(lively(256), tmp_path / "m")
+    for text, message in ((b"", "the text is empty"), (b"x", "the text has 1 tokens, at least 2 are needed")):
+        (tmp_path / "text").write_bytes(text)
+        assert message in refused("eval", tmp_path / "m", "--text", tmp_path / "text")
+    (tmp_path / "text").write_bytes(b"enough")
+    for context, message in (("0", "context must be between 1"), ("-2", "context must be between 1")):
+        assert message in refused("eval", tmp_path / "m", "--text", tmp_path / "text", "--context", context)
+
+
+WORDS = ["<end>", *("the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "from", "dog", "to")]
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory whose tokenizer has a token per word."""
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("talker") / "m"
+    save_hf(lively(len(WORDS)), directory)
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return directory
+
+
+def continued(model: Llama, prompt: list[str], new: int) -> list[str]:
+    """Greedy without a cache, until ``<end>``."""
+    tokens = [WORDS.index(word) for word in prompt]
+    for _ in range(new):
+        with torch.no_grad():
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        if tokens[-1] == 0:
+            break
+    return [WORDS[token] for token in tokens if token]
+
+
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_generate_continues_the_prompt(command: Command, talker: Path, kv_heads: int | None) -> None:
+    """Printed as it comes, each word once; a step's time on stderr, where it is not part of the text."""
+    model = lively(len(WORDS))
+    if kv_heads:
+        model = to_grouped(model, kv_heads)
+    options = ["--kv-heads", kv_heads] if kv_heads else []
+    code, out, err = command("generate", talker, "the cat sat", "--max-new-tokens", 9, *options)
+    expected = continued(model, ["the", "cat", "sat"], 9)
+    assert (code, out) == (0, " ".join(expected) + "\n")
+    assert len(set(expected[3:])) > 2  # else a loop of one word would pass
+    variant = "MQA" if kv_heads else "GQA-3"
+    times = r"prefill of 3 tokens and the first token [\d.]+ ms; then [\d.]+ ms per token \(median of \d\)"
+    assert re.fullmatch(rf"{variant}: {times}\n", err)
+
+
+def test_generate_refuses_what_does_not_fit(refused: Callable[..., str], talker: Path, tmp_path: Path) -> None:
+    """The cache would overflow in the middle of a sentence."""
+    assert "3 prompt tokens + 21 new = 24 exceed the model's context of 23; valid: max_new_tokens up to 20" in refused(
+        "generate", talker, "the cat sat", "--max-new-tokens", 21
+    )
+    assert "the prompt is empty" in refused("generate", talker, "")
+    assert "n_kv_heads=2 does not divide the model's 3 KV heads; valid: 1, 3" in refused(
+        "generate", talker, "the", "--kv-heads", 2
+    )
+    assert "temperature must be 0" in refused("generate", talker, "the", "--max-new-tokens", 2, "--temperature", -1)
+    assert "a model cannot compute in int8" in refused("generate", talker, "the", "--dtype", "int8")
+    save_hf(lively(len(WORDS)), tmp_path / "mute")
+    assert "no readable tokenizer in" in refused("generate", tmp_path / "mute", "the")
