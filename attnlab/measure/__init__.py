@@ -121,6 +121,8 @@ def measure_point(
         _time_arms(point, timed, rotation, machine, rounds, rows)
     for arm, other in same.items():
         rows[arm] = rows[other] | {name: rows[arm][name] for name in ("error", "backend", "picked", "needed_bytes")}
+        if "median" in rows[arm]:  # the roofline of torch's own arms knows nothing of the rates that auto reaches
+            rows[arm] |= clock.prediction_fields(point.predict(machine, arm))
     for arm in arms:
         yield arm, rows[arm]
 

@@ -71,6 +71,12 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def prediction_fields(prediction: Prediction) -> dict[str, Any]:
+    """What a row says of its prediction."""
+    predicted, terms, binding, flops = prediction.seconds, prediction.terms, prediction.binding, prediction.flops
+    return {"predicted": predicted, "terms": terms, "binding": binding, "flops": flops}
+
+
 def time_fields(samples: list[float], prediction: Prediction, load: host.Load, busy: str) -> dict[str, Any]:
     """What a row says of its samples, its prediction, and who else kept the machine busy meanwhile."""
     low, middle, high = quartiles(samples)
@@ -81,10 +87,7 @@ def time_fields(samples: list[float], prediction: Prediction, load: host.Load, b
         "unsteady": high - low > UNSTEADY * middle,
         "samples": samples,
         "rounds": len(samples),
-        "predicted": prediction.seconds,
-        "terms": prediction.terms,
-        "binding": prediction.binding,
-        "flops": prediction.flops,
+        **prediction_fields(prediction),
         "load": load.cores(),
         "busy": busy,
     }

@@ -16,7 +16,7 @@ from attnlab.shapes import ModelShape, element_bytes
 # Attention plus the seven projections of a LLaMA layer, each taken to cost one call; norms and rotations are small.
 CALLS_PER_LAYER = 8
 OWN = ("auto", "cpp")  # implementations whose rates ``Machine.rates`` holds
-OVERLAP = 4.0  # 1: reading and computing never overlap; infinite: perfectly. Chosen on one half of a grid (LOG.md)
+OVERLAP = 3.0  # 1: reading and computing never overlap; infinite: perfectly. Chosen on one half of a grid (LOG.md)
 
 
 @dataclass(frozen=True)
