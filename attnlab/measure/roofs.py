@@ -5,6 +5,7 @@ stand the rates that this library's own code reaches when its inputs lie in a ca
 next to nothing to do: no roofs, but what a prediction needs, each measured apart from the points it is judged by.
 """
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from attnlab.measure.clock import interleaved, quartiles
 from attnlab.measure.step import decode_step
 from attnlab.model.layers import product
 from attnlab.model.llama import Llama
-from attnlab.predict.machine import Machine
+from attnlab.predict.machine import RATED_HEAD_DIMS, Machine
 from attnlab.shapes import ModelShape
 
 _SMALL_CONTEXT = 64  # the least that is shared out among threads: waking them is part of what a call costs
@@ -88,12 +89,12 @@ def _rates(dtype: str, device: str, call_seconds: float) -> dict[str, float]:
         return torch.randn(size, device=device, generator=generator).to(kind)
 
     calls: dict[str, tuple[int, Callable[[], object]]] = {}
-    for group_size in (1, 2, 4, 8, 16, 32):
-        heads, head_dim = 32, 128
+    for head_dim, group_size in itertools.product(RATED_HEAD_DIMS, (1, 2, 4, 8, 16, 32)):
+        heads = 4096 // head_dim
         context = _CACHED_BYTES * group_size // (2 * heads * head_dim * kind.itemsize)
         q, k, v = random(1, heads, 1, head_dim), *random(2, 1, heads // group_size, context, head_dim)
         flops = 4 * heads * context * head_dim
-        calls[f"decode {dtype} {group_size}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v)  # type: ignore[misc]
+        calls[f"decode {head_dim} {dtype} {group_size}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v)  # type: ignore[misc]
     for tokens in (256, 512, 1024):
         q, k, v = random(3, 1, 8, tokens, 128)
         flops = 4 * 8 * 128 * tokens * (tokens + 1) // 2

@@ -13,6 +13,8 @@ from pathlib import Path
 from attnlab.errors import InputError, check_choice, check_positive, write_whole
 from attnlab.shapes import dtype_name
 
+RATED_HEAD_DIMS = (32, 64, 128)  # decoding is rated at these; another head_dim takes the nearest
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -21,8 +23,9 @@ class Machine:
     range over its median where it was measured.
 
     Measured machines know more: ``rates``, flop/s at which this library's own code runs on inputs that lie in a cache,
-    by "decode bfloat16 8" (dtype, R), "prefill …" (T) and "product …" (rows); ``layer_seconds`` and ``step_seconds``,
-    what a decode step costs per layer and once when there is next to nothing to compute."""
+    by "decode 128 bfloat16 8" (D, dtype, R), "prefill …" (T) and "product …" (rows); ``layer_seconds`` and
+    ``step_seconds``, what a decode step costs per layer and once when there is next to nothing to compute.
+    """
 
     name: str
     device: str

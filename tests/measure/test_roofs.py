@@ -120,8 +120,8 @@ def test_rates_are_flops_over_time_less_the_call(monkeypatch: pytest.MonkeyPatch
     K."""
     monkeypatch.setattr(roofs, "_repeat", lambda call, rounds, device: [3e-3] * rounds)
     rates = roofs._rates("float32", "cpu", 1e-3)
-    assert rates["decode float32 1"] == pytest.approx(4 * 1_048_576 / 2e-3)
-    assert rates["decode float32 8"] == pytest.approx(8 * 4 * 1_048_576 / 2e-3)
+    assert rates["decode 128 float32 1"] == rates["decode 32 float32 1"] == pytest.approx(4 * 1_048_576 / 2e-3)
+    assert rates["decode 64 float32 8"] == pytest.approx(8 * 4 * 1_048_576 / 2e-3)
     assert rates["prefill float32 256"] == pytest.approx(4 * 8 * 128 * (256 * 257 // 2) / 2e-3)
     assert rates["product float32 16"] == pytest.approx(2 * 16 * 2_097_152 / 2e-3)
     bf16 = roofs._rates("bfloat16", "cpu", 2.9e-3)  # the fixed cost never takes more than half

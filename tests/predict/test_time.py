@@ -97,7 +97,12 @@ def test_seconds_by_hand() -> None:
 
 RATED = replace(
     MINE,
-    rates={"decode float32 2": 4e10, "decode float32 8": 1e10, "product float32 1": 2e10, "product float32 16": 8e10},
+    rates={
+        "decode 32 float32 2": 4e10,
+        "decode 32 float32 8": 1e10,
+        "product float32 1": 2e10,
+        "product float32 16": 8e10,
+    },
     layer_seconds=3e-6,
     step_seconds=5e-6,
 )
@@ -107,9 +112,11 @@ def test_measured_rates_take_the_place_of_the_roof_for_our_own_code_alone() -> N
     """A roofline calls every kernel as fast as a large product; the rates are of ours, so no other arm may have them.
     R = 3 lies between 2 and 8: 4e10 to 1e10 flop/s, by powers."""
     rate = 4e10 * 0.25 ** (math.log(3 / 2) / math.log(8 / 2))
-    assert RATED.rate("decode", "float32", 3) == pytest.approx(rate)
-    assert RATED.rate("decode", "float32", 1) == 4e10 and RATED.rate("decode", "float32", 64) == pytest.approx(1e10)
-    assert RATED.rate("decode", "bfloat16", 3) == RATED.compute_roof("bfloat16")
+    assert RATED.rate("decode 32", "float32", 3) == pytest.approx(rate)
+    assert RATED.rate("decode 32", "float32", 1) == 4e10 and RATED.rate("decode 32", "float32", 64) == pytest.approx(
+        1e10
+    )
+    assert RATED.rate("decode 32", "bfloat16", 3) == RATED.compute_roof("bfloat16")
     own, other = (predict_decode(SHAPE, RATED, 5, 1021, "float32", impl=impl) for impl in ("auto", "grouped"))
     assert other == predict_decode(SHAPE, MINE, 5, 1021, "float32")
     reading, computing = 4 * 409_600 / 7e9, 2_450_400 / rate
