@@ -101,7 +101,7 @@ def explore(
             continue
         group = point.dtype, point.n_kv_heads
         if group not in roofs:  # measured beside each group of points
-            roofs = {group: refreshed(machine, point.dtype)}
+            roofs = {group: refreshed(machine, point.dtype, point.head_dim)}
         fill_point(run, point, facts, inputs, roofs[group], also)
     return machine
 

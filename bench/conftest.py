@@ -97,7 +97,7 @@ def measured(run: Run, machine: Machine) -> Callable[[Point, str], dict[str, Any
         if key not in run:
             group = point.dtype, point.n_kv_heads
             if group not in roofs:
-                roofs[group] = refreshed(machine, point.dtype)
+                roofs[group] = refreshed(machine, point.dtype, point.head_dim)
             fill_point(run, point, facts, inputs, roofs[group])
         return run[key]
 

@@ -41,7 +41,7 @@ def quick_roofs(device: str, dtypes: tuple[str, ...] = DTYPES) -> Machine:
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explore_module, "measure_machine", quick_roofs)
-        patch.setattr(explore_module, "refreshed", lambda machine, dtype: machine)
+        patch.setattr(explore_module, "refreshed", lambda machine, *_: machine)
         patch.setattr(explore_module, "new_inputs", lambda facts: Inputs(facts["device"], 10_007))
         patch.setattr(host, "wait_for_quiet", lambda seconds: "")
         threads = torch.get_num_threads()
@@ -312,7 +312,7 @@ def test_each_group_of_points_has_its_own_roofs(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(
         explore_module,
         "refreshed",
-        lambda machine, dtype: dataclasses.replace(machine, read_bandwidth=next(fresh) * 1e15),
+        lambda machine, *_: dataclasses.replace(machine, read_bandwidth=next(fresh) * 1e15),
     )
     with Run(tmp_path / "r") as run:
         explore(run, POINTS, "cpu")

@@ -29,7 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(clock, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(tune, "points", lambda: FEW)
     monkeypatch.setattr(tune, "measure_machine", roofs)
-    monkeypatch.setattr(tune, "refreshed", lambda machine, dtype: machine)
+    monkeypatch.setattr(tune, "refreshed", lambda machine, *_: machine)
     with Run(tmp_path / "run") as run:
         tune.tune(run, "cpu", lambda *_: None)
     return run

@@ -176,7 +176,7 @@ def _time_arms(
         if all(rows[arm]["fraction_of_roof"] <= IMPLAUSIBLE for arm in arms):
             return
         if attempt + 1 < RETRIES:
-            machine = refreshed(machine, point.dtype)
+            machine = refreshed(machine, point.dtype, point.head_dim)
     for arm in arms:
         if rows[arm]["fraction_of_roof"] > IMPLAUSIBLE:
             share = rows[arm]["fraction_of_roof"]

@@ -160,7 +160,10 @@ def fill(run: Run, grid: list[Cell], facts: dict[str, Any], progress: Callable[[
             continue
         if model is None or (model.shape, dtype_name(model.embed_tokens.weight.dtype)) != (cell.shape, cell.dtype):
             model = None  # freed before its successor is made
-            model, machine = new_model(cell.shape, cell.dtype, device), refreshed(machine, cell.dtype)
+            model, machine = (
+                new_model(cell.shape, cell.dtype, device),
+                refreshed(machine, cell.dtype, cell.shape.head_dim),
+            )
         for arm, row in measure_cell(cell, model, missing, machine):
             run.append(keys[cell, arm], {**facts, **cell.configuration(arm, device), **row})
 

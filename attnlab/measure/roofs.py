@@ -19,7 +19,7 @@ from attnlab.measure.clock import interleaved, quartiles
 from attnlab.measure.step import decode_step
 from attnlab.model.layers import product
 from attnlab.model.llama import Llama
-from attnlab.predict.machine import RATED_HEAD_DIMS, Machine
+from attnlab.predict.machine import RATED_HEAD_DIMS, Machine, rated_head_dim
 from attnlab.shapes import ModelShape
 
 _SMALL_CONTEXT = 64  # the least that is shared out among threads: waking them is part of what a call costs
@@ -56,12 +56,19 @@ def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16
     )
 
 
-def refreshed(machine: Machine, dtype: str) -> Machine:
-    """``machine`` with the two roofs that bind a point of ``dtype`` measured again, now."""
+def refreshed(machine: Machine, dtype: str, head_dim: int | None = None) -> Machine:
+    """``machine`` with the two roofs that bind a point of ``dtype`` measured again, now, and the rates of decoding at
+    ``head_dim`` if it is given: a shared machine's clock is another an hour, or a minute, later."""
     fresh = torch.ones(_read_bytes(machine.device) // 4, device=machine.device)
     read = fresh.nbytes / statistics.median(_repeat(fresh.sum, 7, machine.device))
     rates = {name: _matmul_rate(name, machine.device) for name in {dtype, "float32"} & set(machine.matmul_rate)}
-    return replace(machine, read_bandwidth=read, matmul_rate={**machine.matmul_rate, **rates})
+    own = _rates(dtype, machine.device, machine.call_seconds, (rated_head_dim(head_dim),), False) if head_dim else {}
+    return replace(
+        machine,
+        read_bandwidth=read,
+        matmul_rate={**machine.matmul_rate, **rates},
+        rates={**machine.rates, **own},
+    )
 
 
 def _read_bytes(device: str) -> int:
@@ -81,25 +88,28 @@ def _smallest_call(device: str) -> Callable[[], object]:
     return lambda: attend(q, kv, kv)
 
 
-def _rates(dtype: str, device: str, call_seconds: float) -> dict[str, float]:
-    """Flop/s of decoding by R, of prefill by T, of a product by rows; the fixed cost of a call taken off."""
+def _rates(
+    dtype: str, device: str, call_seconds: float, head_dims: tuple[int, ...] = RATED_HEAD_DIMS, others: bool = True
+) -> dict[str, float]:
+    """Flop/s of decoding by D and R, and with ``others`` of prefill by T and of a product by rows; the fixed cost of a
+    call taken off."""
     kind, generator = getattr(torch, dtype), torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, device=device, generator=generator).to(kind)
 
     calls: dict[str, tuple[int, Callable[[], object]]] = {}
-    for head_dim, group_size in itertools.product(RATED_HEAD_DIMS, (1, 2, 4, 8, 16, 32)):
-        heads = 4096 // head_dim
+    for head_dim, group_size in itertools.product(head_dims, (1, 2, 4, 8, 16, 32)):
+        heads = 32 * max(1, 128 // head_dim)
         context = _CACHED_BYTES * group_size // (2 * heads * head_dim * kind.itemsize)
         q, k, v = random(1, heads, 1, head_dim), *random(2, 1, heads // group_size, context, head_dim)
         flops = 4 * heads * context * head_dim
         calls[f"decode {head_dim} {dtype} {group_size}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v)  # type: ignore[misc]
-    for tokens in (256, 512, 1024):
+    for tokens in (256, 512, 1024) if others else ():
         q, k, v = random(3, 1, 8, tokens, 128)
         flops = 4 * 8 * 128 * tokens * (tokens + 1) // 2
         calls[f"prefill {dtype} {tokens}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v, causal=True)  # type: ignore[misc]
-    for rows in (1, 2, 4, 8, 16, 32, 64, 256):
+    for rows in (1, 2, 4, 8, 16, 32, 64, 256) if others else ():
         x, linear = random(1, rows, 1024), torch.nn.Linear(1024, _CACHED_BYTES // 1024 // kind.itemsize, bias=False)
         linear.weight.data = random(linear.out_features, 1024)
         flops = 2 * rows * linear.weight.numel()

@@ -13,7 +13,12 @@ from pathlib import Path
 from attnlab.errors import InputError, check_choice, check_positive, write_whole
 from attnlab.shapes import dtype_name
 
-RATED_HEAD_DIMS = (32, 64, 128)  # decoding is rated at these; another head_dim takes the nearest
+RATED_HEAD_DIMS = (32, 64, 128)  # decoding is rated at these
+
+
+def rated_head_dim(head_dim: int) -> int:
+    """The rated one nearest to ``head_dim``, by ratio."""
+    return min(RATED_HEAD_DIMS, key=lambda known: max(known, head_dim) / min(known, head_dim))
 
 
 @dataclass(frozen=True)

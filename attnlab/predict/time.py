@@ -9,7 +9,7 @@ does 4·B·H·S·D flop on 2·B·G·S·D elements, R flop per byte in 16 bit, wh
 from dataclasses import dataclass
 
 from attnlab.errors import check_bytes, check_choice, check_size
-from attnlab.predict.machine import RATED_HEAD_DIMS, Machine
+from attnlab.predict.machine import Machine, rated_head_dim
 from attnlab.predict.memory import weight_read_bytes
 from attnlab.shapes import ModelShape, element_bytes
 
@@ -93,8 +93,9 @@ def _predict(
     check_choice("scope", scope, ("layer", "model"))
     moved = attention_bytes(shape, batch, queries, context, dtype, impl)
     flops = attention_flops(shape, batch, queries, context)
-    rated = min(RATED_HEAD_DIMS, key=lambda known: max(known, shape.head_dim) / min(known, shape.head_dim))
-    kind, rows = (f"decode {rated}", shape.group_size) if queries == 1 else ("prefill", queries)
+    kind, rows = (
+        (f"decode {rated_head_dim(shape.head_dim)}", shape.group_size) if queries == 1 else ("prefill", queries)
+    )
     rate = machine.rate(kind, dtype, rows) if impl in OWN else machine.compute_roof(dtype)
     terms = {"bandwidth": moved / machine.read_bandwidth, "compute": flops / rate, "fixed": machine.call_seconds}
     # Reading and computing at their measured rates hinder each other near the ridge; a roofline is the least of both.

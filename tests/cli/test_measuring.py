@@ -149,7 +149,7 @@ def test_explore_fails_when_a_point_beats_its_roof(
                 run, point, facts, inputs, slow if point.n_kv_heads == 1 else roofs, also
             ),
         )
-        monkeypatch.setattr(measure, "refreshed", lambda machine, dtype: machine)
+        monkeypatch.setattr(measure, "refreshed", lambda machine, *_: machine)
     code, out, _ = command(*EXPLORE)
     assert code == 1
     assert out.endswith("some points beat their roof and are not believed: see status implausible in the rows\n")

@@ -94,7 +94,7 @@ def test_what_does_not_fit_or_is_not_there_is_a_row(monkeypatch: pytest.MonkeyPa
 
 def test_a_run_of_cells_goes_on_where_it_was(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour of cells is not measured twice, and the table at the end shows every one of them."""
-    monkeypatch.setattr(generation, "refreshed", lambda machine, dtype: machine)
+    monkeypatch.setattr(generation, "refreshed", lambda machine, *_: machine)
     grid = [Cell(SHAPE.with_kv_heads(g), 1, context, "float32") for g in (6, 2) for context in (29, 31)]
     facts = {"device": "cpu", "machine": "m"}
     FAST.save(tmp_path / "run" / MACHINE)

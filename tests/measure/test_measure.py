@@ -359,7 +359,7 @@ def test_any_other_exception_ends_the_run(error: Exception, monkeypatch: pytest.
 def roofs(monkeypatch: pytest.MonkeyPatch) -> list[Machine]:
     """What measuring the roofs again yields, in order; what is left over was not asked for."""
     planned: list[Machine] = []
-    monkeypatch.setattr(measure, "refreshed", lambda machine, dtype: planned.pop(0))
+    monkeypatch.setattr(measure, "refreshed", lambda *_: planned.pop(0))
     return planned
 
 

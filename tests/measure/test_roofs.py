@@ -107,6 +107,19 @@ def test_only_what_binds_is_measured_beside_each_group(spies: list[Spy]) -> None
     assert (machine.read_bandwidth, machine.matmul_rate["float32"]) == (1.0, 3.0)
 
 
+def test_rates_are_measured_again_where_a_head_dim_is_given(spies: list[Spy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared machine's clock changes by a fifth within minutes: rates of its first minute mislead a whole run. Those
+    of the points at hand are taken beside them, the others stay."""
+    asked = []
+    monkeypatch.setattr(roofs, "_rates", lambda *what: asked.append(what) or {"decode 64 float32 1": 8.0})
+    machine = Machine(
+        "m", "cpu", 1.0, 2.0, {"float32": 3.0}, 6.0, 7, rates={"decode 64 float32 1": 5.0, "product": 9.0}
+    )
+    assert refreshed(machine, "float32", 80).rates == {"decode 64 float32 1": 8.0, "product": 9.0}
+    assert asked == [("float32", "cpu", 6.0, (64,), False)]
+    assert refreshed(machine, "float32").rates == machine.rates
+
+
 def test_the_smallest_call_is_a_call_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fixed cost is what remains of a point when there is next to nothing to compute, threads woken included."""
     output = roofs._smallest_call("cpu")()
