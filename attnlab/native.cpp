@@ -5,11 +5,13 @@
 // whatever is stored. A split leaves maxima, sums and rows behind; they are merged at the end. `linear` is the first half
 // alone, few rows times many, for 16-bit weights where the processor has no 16-bit arithmetic.
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 constexpr int W = 8;  // lanes of a vector
@@ -149,16 +151,17 @@ static void decode(const T* q, const T* k, const T* v, T* out, float scale, cons
   const int64_t B = n[0], H = n[1], G = n[2], S = n[3], D = n[4], splits = n[5], R = H / G;
   const int64_t *qs = n + 6, *ks = n + 8, *vs = n + 11;  // strides of q [B, H] and of k and v [B, G, S]
   const int64_t size = R * (D + 2), chunk = (S / splits / BLOCK<T> + 1) * BLOCK<T>;
-  std::vector<float> states(B * G * splits * size);
+  const int64_t own = R * D + R * BLOCK<T> + D;  // of a thread: rows, weights, a merged row
+  std::vector<float> states(B * G * splits * size), scratch(threads * own);  // before the threads: only here may it fail
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> rows(R * D), weights(R * BLOCK<T>), merged(D);
+    float *rows = &scratch[omp_get_thread_num() * own], *weights = rows + R * D, *merged = weights + R * BLOCK<T>;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < B * G * splits; task++) {
       const int64_t b = task / (G * splits), g = task / splits % G, start = task % splits * chunk;
       for (int64_t i = 0; i < R * D; i += W) store(&rows[i], load(q + b * qs[0] + (g * R + i / D) * qs[1] + i % D) * (scale * 1.44269504f));
-      attend(rows.data(), R, D, k + b * ks[0] + g * ks[1] + start * ks[2], ks[2], v + b * vs[0] + g * vs[1] + start * vs[2], vs[2],
-             std::min(chunk, S - start), weights.data(), &states[task * size]);
+      attend(rows, R, D, k + b * ks[0] + g * ks[1] + start * ks[2], ks[2], v + b * vs[0] + g * vs[1] + start * vs[2], vs[2],
+             std::min(chunk, S - start), weights, &states[task * size]);
     }
 #pragma omp for
     for (int64_t row = 0; row < B * H; row++) {
@@ -166,7 +169,7 @@ static void decode(const T* q, const T* k, const T* v, T* out, float scale, cons
       const int64_t r = row % R;
       float highest = -INFINITY, total = 0;
       for (int64_t i = 0; i < splits; i++) highest = std::max(highest, state[i * size + r]);
-      std::fill(merged.begin(), merged.end(), 0.f);
+      std::fill(merged, merged + D, 0.f);
       for (int64_t i = 0; i < splits; i++) {
         const float keep = std::exp2(state[i * size + r] - highest), *o = state + i * size + 2 * R + r * D;
         total += keep * state[i * size + R + r];
@@ -253,13 +256,30 @@ static void block(T* x, const T* const* weights, const T* cos, const T* sin, T* 
   onto_x();
 }
 
-#define EXPORT(T)                                                                                                             \
-  extern "C" void decode_##T(const T* q, const T* k, const T* v, T* out, float scale, const int64_t* sizes, int threads) {     \
-    decode(q, k, v, out, scale, sizes, threads);                                                                              \
-  }                                                                                                                           \
-  extern "C" void linear_##T(const T* x, const T* w, T* out, int64_t M, int64_t N, int64_t K, int threads) { linear(x, w, out, M, N, K, threads); } \
-  extern "C" void rms_norm_##T(const T* x, const T* weight, T* out, int64_t M, int64_t K, float eps, int threads) { rms_norm(x, weight, out, M, K, eps, threads); } \
-  extern "C" void block_##T(T* x, const T* const* weights, const T* cos, const T* sin, T* k, T* v, const int64_t* sizes, float eps, int threads) { block(x, weights, cos, sin, k, v, sizes, eps, threads); }
+// 0, or 1 where memory ends: an exception that reached Python's side would end the process.
+template <class Call>
+static int guarded(Call call) {
+  try {
+    call();
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+#define EXPORT(T)                                                                                                              \
+  extern "C" int decode_##T(const T* q, const T* k, const T* v, T* out, float scale, const int64_t* sizes, int threads) {       \
+    return guarded([=] { decode(q, k, v, out, scale, sizes, threads); });                                                      \
+  }                                                                                                                            \
+  extern "C" int linear_##T(const T* x, const T* w, T* out, int64_t M, int64_t N, int64_t K, int threads) {                     \
+    return guarded([=] { linear(x, w, out, M, N, K, threads); });                                                              \
+  }                                                                                                                            \
+  extern "C" int rms_norm_##T(const T* x, const T* weight, T* out, int64_t M, int64_t K, float eps, int threads) {              \
+    return guarded([=] { rms_norm(x, weight, out, M, K, eps, threads); });                                                     \
+  }                                                                                                                            \
+  extern "C" int block_##T(T* x, const T* const* weights, const T* cos, const T* sin, T* k, T* v, const int64_t* n, float eps, int threads) { \
+    return guarded([=] { block(x, weights, cos, sin, k, v, n, eps, threads); });                                               \
+  }
 EXPORT(float)
 EXPORT(bf16)
 EXPORT(fp16)

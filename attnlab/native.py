@@ -217,4 +217,10 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     found, reason = library()
     if found is None:
         raise RuntimeError(reason)
-    return getattr(found, f"{name}_{DTYPES[dtype]}")
+    function = getattr(found, f"{name}_{DTYPES[dtype]}")
+
+    def call(*arguments: Any) -> None:
+        if function(*arguments):  # in torch's words, so that whoever makes a row of it knows it
+            raise RuntimeError(f"native {name}: not enough memory: you tried to allocate memory for its scratch")
+
+    return call

@@ -107,12 +107,12 @@ def arms(rows: pandas.DataFrame) -> tuple[Table, str]:
     )
     ratios = {}
     for row in points:
-        named = f"{row['variant']} {row['dtype']}, context {row['context']}, batch {row['batch']}"
+        named = f"{row['variant']} {row['dtype']}, context {row['context']:.0f}, batch {row['batch']:.0f}"
         ratios[named] = min(row[name] for name in others if row[name] == row[name]) / row["median"]
         if row["batch"] == first:
             times = (milliseconds(row[name]) for name in ("median", *others))
             share = row["bytes"] / row["median"] / row["binding_roof"]
-            table.add_row(row["dtype"], row["variant"], f"{row['context']}", *times, f"{share:.0%}")
+            table.add_row(row["dtype"], row["variant"], f"{row['context']:.0f}", *times, f"{share:.0%}")
     worst = min(ratios, key=lambda name: ratios[name])
     return table, (
         f"The quickest other implementation takes {statistics.geometric_mean(ratios.values()):.2f} times as long as "

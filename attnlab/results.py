@@ -181,8 +181,9 @@ def load_results(path: Path | str | None = None) -> "pandas.DataFrame":
 
 
 def newest(rows: "pandas.DataFrame", kind: str, machine: str) -> "pandas.DataFrame":
-    """The ``kind`` rows of the newest run of ``machine`` that has any; empty if none has."""
-    chosen = rows[(rows["kind"] == kind) & (rows["machine"] == machine)]
+    """The ``kind`` rows of the newest run of ``machine`` that has any; empty if none has. A tuning is no such run: it
+    times one batch, and not every implementation."""
+    chosen = rows[(rows["kind"] == kind) & (rows["machine"] == machine) & ~rows["run"].str.endswith("-tune")]
     return chosen[chosen["run"] == chosen["run"].max()]
 
 

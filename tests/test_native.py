@@ -497,7 +497,7 @@ class Machine:
         (able, reason, said, picked), err = result(self.start(**changed))
         assert not able
         assert said == f"impl='cpp' cannot run here: {reason}"
-        assert picked == "grouped"
+        assert picked != "cpp"
         return reason, err
 
     def files(self) -> list[str]:
@@ -816,3 +816,26 @@ def test_decode_holds_no_copy_of_k_or_v(tmp_path: Path) -> None:
     or repeated for its heads, would be seen."""
     (k, grown), _ = result(start(RESIDENT, tmp_path, {**os.environ}))
     assert grown < k / 4, f"{grown} KiB more, k is {k}"
+
+
+def test_the_end_of_memory_is_an_exception_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    """An exception of C++ that leaves a function called by ctypes ends the process, and a sweep with it; in torch's words
+    it becomes a row. The address space is capped below what the rows of this product need."""
+    code = """
+import resource, torch
+from attnlab import native
+from attnlab.measure.clock import out_of_memory
+torch.set_num_threads(1)
+x, w = torch.ones(64, 2**20, dtype=torch.bfloat16), torch.ones(8, 2**20, dtype=torch.bfloat16)
+native.linear(x[:1], w)
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 2**26, held + 2**26))
+try:
+    native.linear(x, w)
+except RuntimeError as error:
+    print(out_of_memory(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "native linear: not enough memory: you tried to allocate memory for its scratch\n", (
+        done.stderr
+    )

@@ -287,11 +287,13 @@ def test_the_newest_run_goes_on_unless_a_fresh_one_is_asked_for(tmp_path: Path) 
 
 
 def test_newest_takes_the_newest_run_that_has_the_kind(tmp_path: Path) -> None:
-    """A quality sweep published after a speed sweep must not empty the speed figures, nor another machine's run."""
+    """A quality sweep published after a speed sweep must not empty the speed figures, nor a tuning or another machine's
+    run."""
     a_run(tmp_path / "m-1" / "20260101-000000-speed", "ab")
     a_run(tmp_path / "m-1" / "20260102-000000-speed", "c")
     a_run(tmp_path / "m-1" / "20260103-000000-quality", "d", kind="quality")
     a_run(tmp_path / "m-2" / "20260104-000000-speed", "e", machine="m-2")
+    a_run(tmp_path / "m-1" / "20260105-000000-tune", "f")  # one batch, some arms: no figure is drawn from it
     rows = load_results(tmp_path)
     assert list(newest(rows, "decode", "m-1")["key"]) == ["c"]
     assert list(newest(rows, "quality", "m-1")["key"]) == ["d"]
