@@ -5,7 +5,7 @@ import math
 import pandas
 from rich.table import Table
 
-from attnlab.report import PLAIN, columns, error_line
+from attnlab.report import PLAIN, columns, error_line, short
 from attnlab.results import DYNAMIC, OURS, STATIC, prediction_error
 
 CELL = ("shape.name", "shape.n_kv_heads", "dtype", "batch", "context")
@@ -52,17 +52,17 @@ def summary(cells: pandas.DataFrame) -> list[str]:
 
 def table(cells: pandas.DataFrame) -> Table:
     """``ratios`` for the terminal."""
-    numbers = ("batch", "context", "ms", "tokens/s", "dynamic", "static", "first", "predicted")
+    numbers = ("batch", "context", "ms", "tok/s", "dynamic", "static", "first", "pred.")
     table = Table(
         *columns(("model", "variant", "dtype"), numbers),
         title="A decode step of whole models, and transformers' time over ours on the same weights",
-        caption="first: the first token; predicted: over measured",
+        caption="first: the first token; pred.: predicted over measured",
         **PLAIN,
     )
     for row in cells.to_dict("records"):
         times = (f"×{row[name]:.2f}" if row[name] == row[name] else "" for name in ("dynamic", "static", "first"))
         table.add_row(
-            *(row["shape.name"], row["variant"], row["dtype"], f"{row['batch']:.0f}", f"{row['context']:.0f}"),
+            *(row["shape.name"], row["variant"], short(row["dtype"]), f"{row['batch']:.0f}", f"{row['context']:.0f}"),
             *(f"{row['median'] * 1e3:.1f}", f"{row['tokens_per_second']:.0f}"),
             *times,
             f"{row['predicted'] / row['median']:.2f}",

@@ -100,7 +100,7 @@ def arms(rows: pandas.DataFrame) -> tuple[Table, str]:
     first = min(row["batch"] for row in points)
     table = Table(
         *columns(("dtype", "variant"), ("context", "ours", *others, "roof")),
-        title=f"Decode attention of one layer, batch {first}, on {points[0]['machine']}",
+        title=f"Decode attention of one layer, batch {first:.0f}, on {points[0]['machine']}",
         caption=f"ours: auto, which takes {', '.join(ours)}; roof: bytes/s over the binding roof, the lesser of the "
         "read bandwidth and half the rate of products over their intensity",
         **PLAIN,
@@ -193,7 +193,7 @@ def differing(found: pandas.DataFrame) -> tuple[str, Table]:
     for row in named.head(NAMED).to_dict("records"):
         heads = "" if alike else f" H{row['shape.n_heads']:.0f} D{row['shape.head_dim']:.0f}"
         table.add_row(
-            f"{row['variant']} {row['kind']}{heads} ctx{row['context']:.0f} b{row['batch']:.0f} {_short(row['dtype'])}",
+            f"{row['variant']} {row['kind']}{heads} ctx{row['context']:.0f} b{row['batch']:.0f} {short(row['dtype'])}",
             row["impl"],
             f"{row['ratio']:.2f}×{'~' if row['unsteady'] else ''}",
             f"{row['low']:.2f}–{row['high']:.2f}",
@@ -202,7 +202,7 @@ def differing(found: pandas.DataFrame) -> tuple[str, Table]:
     return summary, table
 
 
-def _short(dtype: str) -> str:
+def short(dtype: str) -> str:
     return dtype.replace("bfloat", "bf").replace("float", "fp")
 
 
@@ -294,7 +294,7 @@ def memory_proof(rows: pandas.DataFrame) -> tuple[Table, list[str]]:
             off = abs(error) > 1
             last = f"{error:+.0f} steps", ""
             capacities.add(f"{row['capacity_bytes'] / GIB:g}")
-        key = name, row["variant"], _short(row["dtype"])
+        key = name, row["variant"], short(row["dtype"])
         if off:
             doubts.append(f"{' '.join(key)} {sizes}: predicted {predicted}, measured {measured}")
         if key not in worst or abs(error) > worst[key][0]:

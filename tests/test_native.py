@@ -819,8 +819,8 @@ def test_decode_holds_no_copy_of_k_or_v(tmp_path: Path) -> None:
 
 
 def test_the_end_of_memory_is_an_exception_and_not_the_end_of_the_process(tmp_path: Path) -> None:
-    """An exception of C++ that leaves a function called by ctypes ends the process, and a sweep with it; in torch's words
-    it becomes a row. The address space is capped below what the rows of this product need."""
+    """An exception of C++ that leaves a function called by ctypes ends the process, and a sweep with it; in torch's
+    words it becomes a row. The address space is capped below what the rows of this product need."""
     code = """
 import resource, torch
 from attnlab import native
