@@ -45,7 +45,7 @@ def test_what_is_shown_is_what_was_measured(tmp_path: Path) -> None:
     for row in rows:
         point = f"{row['variant']}-ctx{row['context']}-b{row['batch']}"
         if row["kind"] == "generate":
-            expected[f"test_step[{point}-float32]"] = row
+            expected[f"test_step[{point}-{row['impl']}-float32]"] = row
         elif row["status"] in ("ok", "implausible"):
             expected[f"test_{row['kind']}[{point}-{row['impl']}-fp32]"] = row
     assert "test_decode[GQA-4-ctx1024-b1-grouped-fp32]" in expected
@@ -62,7 +62,7 @@ def test_what_is_shown_is_what_was_measured(tmp_path: Path) -> None:
         assert shown[name]["extra_info"]["predicted"] == expected[name]["predicted"]
 
     arms = {entry["extra_info"]["picked"] for name, entry in shown.items() if name.startswith("test_decode")}
-    assert arms == {"reference", "expanded", "sdpa", "grouped"}
+    assert arms == {"reference", "expanded", "sdpa", "grouped", "cpp"}
     assert "unsupported: flex needs CUDA" in done.stdout
     stored = shown["test_append[MQA-float32]"]["extra_info"]
     assert stored["stored_bytes"] == stored["predicted_bytes"] == 2 * 4 * 4 * 1024 * 128 * 4
