@@ -5,6 +5,7 @@ stand the rates that this library's own code reaches when its inputs lie in a ca
 next to nothing to do: no roofs, but what a prediction needs, each measured apart from the points it is judged by.
 """
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -104,16 +105,16 @@ def _rates(
         context = _CACHED_BYTES * group_size // (2 * heads * head_dim * kind.itemsize)
         q, k, v = random(1, heads, 1, head_dim), *random(2, 1, heads // group_size, context, head_dim)
         flops = 4 * heads * context * head_dim
-        calls[f"decode {head_dim} {dtype} {group_size}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v)  # type: ignore[misc]
+        calls[f"decode {head_dim} {dtype} {group_size}"] = flops, functools.partial(attend, q, k, v)
     for tokens in (256, 512, 1024) if others else ():
         q, k, v = random(3, 1, 8, tokens, 128)
         flops = 4 * 8 * 128 * tokens * (tokens + 1) // 2
-        calls[f"prefill {dtype} {tokens}"] = flops, lambda q=q, k=k, v=v: attend(q, k, v, causal=True)  # type: ignore[misc]
+        calls[f"prefill {dtype} {tokens}"] = flops, functools.partial(attend, q, k, v, causal=True)
     for rows in (1, 2, 4, 8, 16, 32, 64, 256) if others else ():
         x, linear = random(1, rows, 1024), torch.nn.Linear(1024, _CACHED_BYTES // 1024 // kind.itemsize, bias=False)
         linear.weight.data = random(linear.out_features, 1024)
         flops = 2 * rows * linear.weight.numel()
-        calls[f"product {dtype} {rows}"] = flops, lambda x=x, linear=linear: product(x, linear)  # type: ignore[misc]
+        calls[f"product {dtype} {rows}"] = flops, functools.partial(product, x, linear)
     with torch.inference_mode():
         seconds = {name: statistics.median(_repeat(call, 7, device)) for name, (_, call) in calls.items()}
     return {name: flops / max(seconds[name] - call_seconds, seconds[name] / 2) for name, (flops, _) in calls.items()}
