@@ -50,12 +50,12 @@ def check_choice(name: str, value: object, valid: Iterable[str]) -> str:
     raise InputError(f"unknown {name} {value!r}; {hint}valid: {', '.join(valid)}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text``, entirely or not at all; raises ``InputError`` where that is not possible."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content``, entirely or not at all; raises ``InputError`` where that is not possible."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Tables for the terminal: what a run found, a model's memory, two machines compared, what quality runs show."""
+"""Tables for the terminal: what a run found, a model's memory, two machines compared."""
 
 import statistics
 from collections.abc import Iterable
@@ -8,7 +8,6 @@ import pandas
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from attnlab.effects import effects
 from attnlab.errors import InputError, divisors
 from attnlab.predict.machine import Machine
 from attnlab.predict.memory import GB, GIB, KIB, decode_peak_bytes, decode_read_bytes, max_batch
@@ -310,26 +309,3 @@ def memory_proof(rows: pandas.DataFrame) -> tuple[Table, list[str]]:
     for _, cells in worst.values():
         table.add_row(*cells)
     return table, doubts
-
-
-def quality(rows: pandas.DataFrame) -> Table:
-    """Each arm's difference to MHA with its 95 % interval, the smallest effect these seeds would show, the verdict."""
-    found, done = effects(rows), rows[rows["status"] == "ok"]
-    table = Table(
-        *columns(("variant", "arm"), ("params", "seeds", "bits per byte", "visible")),
-        "verdict",
-        title=f"bits per byte after {int(done['tokens'].iloc[0]):,} tokens: MHA's, and the others' minus MHA's",
-        caption="± : 95 % interval, paired by seed; verdicts count all arms together; "
-        "visible: the smallest true difference that would likely have had one",
-        **PLAIN,
-    )
-    params = done.groupby(["shape.n_kv_heads", "arm"])["n_params"].first().map("{:,.0f}".format)
-    base = done[done["shape.n_kv_heads"] == done["shape.n_heads"]]
-    loss, heads = base["bits_per_byte"], base["shape.n_heads"].iloc[0]
-    said = f"{loss.mean():.4f} (sd {loss.std():.4f})"
-    table.add_row("MHA", "plain", params[heads, "plain"], str(len(base)), said, "", "")
-    for effect in found:
-        said, count = f"{effect.mean:+.4f} ± {effect.half_width:.4f}", params[effect.n_kv_heads, effect.arm]
-        seen = f"{effect.smallest:.4f}", effect.verdict
-        table.add_row(effect.variant, effect.arm, count, str(effect.seeds), said, *seen)
-    return table

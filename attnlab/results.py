@@ -140,6 +140,11 @@ def _planned(folder: Path) -> set[str]:
     return set((folder / PLAN).read_text().split()) if (folder / PLAN).exists() else set()
 
 
+def stored_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's folder, none where it has not begun."""
+    return _read_rows(folder / ROWS) if (folder / ROWS).exists() else []
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Every whole row of ``path``; a torn last line is warned about and left out."""
     try:
@@ -201,37 +206,53 @@ def headline() -> str:
 
 
 def run_folder(root: Path, machine: str, *, fresh: bool = False, suffix: str = "") -> Path:
-    """The newest run of ``machine`` below ``root`` whose name ends in ``suffix``, or a new one, named by UTC time."""
-    old = sorted(folder for folder in (root / machine).glob(f"*{suffix}") if (folder / ROWS).exists())
-    if old and not fresh:
+    """The newest run of ``machine`` below ``root`` whose name ends in ``suffix``; else an unfinished published one, to
+    be gone on with there; else a new one, named by UTC time."""
+
+    def runs(tree: Path, file: str) -> list[Path]:
+        folders = () if fresh else (tree / machine).glob(f"*{suffix}")
+        return sorted(folder for folder in folders if (folder / file).exists())
+
+    if old := runs(root, ROWS):
         return old[-1]
+    if unfinished := runs(PUBLISHED, PLAN):
+        return Path(shutil.copytree(unfinished[-1], root / machine / unfinished[-1].name))
     return root / machine / (time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + suffix)
 
 
-def publish(run: Path, root: Path | None = None) -> Path:
-    """Copy a finished run under ``root``/<machine>/ (``bench/results`` if None); return where it lies. Raises
-    ``InputError`` for a run that is there already, has no rows, lacks planned ones, or finds no room for all."""
-    rows = _read_rows(run / ROWS) if (run / ROWS).exists() else []
+def publish(run: Path, root: Path | None = None, partial: bool = False) -> Path:
+    """Copy a finished run under ``root``/<machine>/ (``bench/results`` if None); return where it lies. A ``partial``
+    one is published with its plan, and again as it grows. Raises ``InputError`` for a run that is there already, has
+    no rows, lacks planned ones, or finds no room for all."""
+    rows = stored_rows(run)
     if not rows:
         raise InputError(f"{run} is not a run: it has no {ROWS} with rows")
     planned = _planned(run)
-    if left := len(planned - {row["key"] for row in rows}):
+    left = len(planned - {row["key"] for row in rows})
+    if left and not partial:
         raise InputError(f"{run} is unfinished: {left} of {len(planned)} planned rows are missing; let it go on first")
     machine = str(rows[0].get("machine"))
     if not re.fullmatch(r"[a-z0-9-]+", machine):  # it becomes a folder's name
         raise InputError(f"{run / ROWS}, line 1: {machine!r} is not a machine's name")
     target = (root or PUBLISHED) / machine / run.resolve().name
-    if target.exists():
-        raise InputError(f"{target} is published already")
-    partial = target.with_name(target.name + ".partial")
     whole = (run / ROWS).read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    if target.exists():
+        old = (target / ROWS).read_bytes()
+        if not (target / PLAN).exists() or not whole.startswith(old):
+            raise InputError(f"{target} is published already")
+    new = target.with_name(target.name + ".partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / ROWS).write_bytes(whole[: whole.rfind(b"\n") + 1])
-        if (run / MACHINE).exists():
-            shutil.copyfile(run / MACHINE, partial / MACHINE)
-        partial.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (new / ROWS).write_bytes(whole)
+        for name in (MACHINE, *([PLAN] if left else [])):
+            if (run / name).exists():
+                shutil.copyfile(run / name, new / name)
+        if target.exists():  # only ever a beginning of the new one
+            shutil.rmtree(target)
+        new.rename(target)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise InputError(f"cannot write {target}: {error.strerror}") from None
     return target

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from attnlab.cli import measuring, models, rows
+from attnlab.cli import measuring, models, rows, training
 from attnlab.cli.options import PLAIN
 from attnlab.errors import InputError
 
 app = typer.Typer(help="What sharing key/value heads buys and costs, predicted and measured.", **PLAIN)
-for part in (measuring, models, rows):
+for part in (measuring, models, training, rows):
     app.add_typer(part.app)
 
 STOPPED = 130  # the shell's exit code for Ctrl-C

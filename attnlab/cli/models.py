@@ -96,6 +96,26 @@ def generate(
     print(f"{first} {(stamps[1] - stamps[0]) * 1e3:.1f} ms{each}", file=sys.stderr)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A Hugging Face model directory.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    kv_heads: Annotated[int, typer.Option(help="KV heads G; must divide the present number.")],
+    method: Annotated[str, typer.Option(help="mean, first, random or aligned.")] = "mean",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model directory.")] = False,
+    seed: Annotated[int, typer.Option(help="Of random.")] = 0,
+) -> None:
+    """Share KV heads in a checkpoint, shard by shard; then train it a little, for much is lost at first."""
+    from attnlab.model.convert import convert_directory
+
+    shape = convert_directory(source, target, kv_heads, method, force=force, seed=seed)
+    before, dtype = shape_of(str(source)), "bfloat16"
+    print(
+        f"{target}: {before.variant} → {shape.variant} ({method}), KV cache per token in {dtype} "
+        f"{before.kv_bytes_per_token(dtype):,} → {shape.kv_bytes_per_token(dtype):,} bytes"
+    )
+
+
 @app.command(name="eval")
 def evaluate(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face model directory.")],

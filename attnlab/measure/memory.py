@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile
 
 from attnlab import host
@@ -31,11 +33,20 @@ from attnlab.measure.clock import out_of_memory
 from attnlab.measure.generation import new_model
 from attnlab.measure.step import decode_step
 from attnlab.model.llama import Llama
-from attnlab.predict.memory import GIB, decode_peak_bytes, max_batch, max_context, prefill_peak_bytes
+from attnlab.predict.memory import (
+    GIB,
+    Held,
+    decode_peak_bytes,
+    max_batch,
+    max_context,
+    prefill_peak_bytes,
+    training_peak_bytes,
+)
 from attnlab.results import REPOSITORY, Run, row_key
 from attnlab.shapes import ModelShape
+from attnlab.train.loss import linear_cross_entropy
 
-SCOPES, LIMITS = ("decode", "prefill"), ("batch", "context")
+SCOPES, TRAINING, LIMITS = ("decode", "prefill"), ("training", "recomputing"), ("batch", "context")
 CONTEXT_STEPS = 256  # a context is searched in steps of this fraction of the prediction, a batch one by one
 # One thread, one arena, and every larger block a mapping of its own: what is freed goes back, and a probe finds the
 # address space as the one before it did.
@@ -74,8 +85,6 @@ def measure_peak(shape: ModelShape, scope: str, batch: int, context: int, dtype:
     check_choice("scope", scope, SCOPES)
     model = new_model(shape, dtype, device)
     cache = model.new_cache(batch, context)
-    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), cache.k, cache.v)]
-    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     tokens = torch.zeros(batch, context, dtype=torch.int64, device=device)
 
     def prefill() -> object:  # as generate does it: the head on the last position only
@@ -84,18 +93,49 @@ def measure_peak(shape: ModelShape, scope: str, batch: int, context: int, dtype:
             return model.logits(model.hidden(tokens, cache)[:, -1:])
 
     predict = decode_peak_bytes if scope == "decode" else prefill_peak_bytes
-    predicted = predict(shape, batch, context, dtype)
-    if stored != predicted.weights + predicted.kv_cache:
-        raise AssertionError(f"{stored} bytes stored, predicted were {predicted.weights + predicted.kv_cache}")
     working = peak_bytes(decode_step(model, batch, context - 1, cache) if scope == "decode" else prefill, device)
+    predicted = predict(shape, batch, context, dtype)
+    return _row(shape, predicted, (predicted.activations, working), [*model.parameters(), cache.k, cache.v])
+
+
+def measure_training(shape: ModelShape, scope: str, batch: int, context: int) -> dict[str, Any]:
+    """As ``measure_peak``, of a step of ``train`` in float32 on the CPU that keeps what its backward pass needs
+    ("training") or computes it again ("recomputing"): stored are weights, average and moments, working is the rest."""
+    check_choice("scope", scope, TRAINING)
+    model = new_model(shape, "float32", "cpu")
+    model.impl, model.recompute = "sdpa", scope == "recomputing"
+    average, optimizer = AveragedModel(model), torch.optim.AdamW(model.parameters(), fused=True)
+    head = (model.lm_head or model.embed_tokens).weight
+    tokens = torch.zeros(batch, context, dtype=torch.int64)
+
+    def step() -> None:
+        states = model.hidden(tokens).flatten(0, 1)
+        linear_cross_entropy(states, head, tokens.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(model)
+        optimizer.zero_grad()  # last, since ``peak_bytes`` overlooks the end of what it did not see begin
+
+    working, predicted = peak_bytes(step), training_peak_bytes(shape, batch, context, model.recompute)
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    stored = [*model.parameters(), *average.parameters(), *moments]
+    return _row(shape, predicted, (predicted.gradients + predicted.activations, working), stored)
+
+
+def _row(shape: ModelShape, predicted: Held, working: tuple[int, int], tensors: list[Tensor]) -> dict[str, Any]:
+    """A peak's: ``tensors`` are what is stored, ``working`` the bytes beside it, predicted and measured."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if stored != predicted.total - working[0]:
+        raise AssertionError(f"{stored} bytes stored, predicted were {predicted.total - working[0]}")
     return {
         "status": "ok",
         "variant": shape.variant,
         "stored_bytes": stored,
         "predicted_bytes": predicted.total,
-        "measured_bytes": stored + working,
-        "predicted_working": predicted.activations,
-        "measured_working": working,
+        "measured_bytes": stored + working[1],
+        "predicted_working": working[0],
+        "measured_working": working[1],
         "terms": predicted.terms(),
     }
 
@@ -191,7 +231,8 @@ def _cap(more: int, device: str) -> None:
 
 
 def proofs(device: str) -> list[dict[str, Any]]:
-    """What ``prove`` asks of MHA, GQA and MQA in two dtypes: peaks of decoding and of prefill, then both limits."""
+    """What ``prove`` asks of MHA, GQA and MQA in two dtypes: peaks of decoding and of prefill, then both limits; on a
+    CPU peaks of training in float32 as well."""
     if device == "cuda":
         shape, groups, dtypes = ModelShape(8, 4096, 32, 32, 128, 11008, 32000), (32, 8, 1), ("bfloat16", "float16")
         half = torch.cuda.get_device_properties(0).total_memory // 2
@@ -205,7 +246,11 @@ def proofs(device: str) -> list[dict[str, Any]]:
         {"kind": "limit", "what": "context", "capacity_bytes": capacity, "batch": 3},
     ]
     models = [{"shape": asdict(shape.with_kv_heads(g)), "dtype": dtype} for dtype in dtypes for g in groups]
-    return [{**question, **model, "impl": "auto", "device": device} for question in asked for model in models]
+    pairs = [*itertools.product(asked, models)]
+    if device == "cpu":
+        trained = [{"kind": "peak", "scope": scope, "batch": 4, "context": 256, "impl": "sdpa"} for scope in TRAINING]
+        pairs += itertools.product(trained, models[: len(groups)])  # the first dtype's
+    return [{"impl": "auto", **question, **model, "device": device} for question, model in pairs]
 
 
 def prove(run: Run, questions: list[dict[str, Any]], progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -218,7 +263,9 @@ def prove(run: Run, questions: list[dict[str, Any]], progress: Callable[[str, in
             progress(f"{name}, {shape.variant} {dtype}", done, len(questions))
         if (key := row_key(question)) in run:
             continue
-        if question["kind"] == "peak":
+        if (scope := question.get("scope")) in TRAINING:
+            row = measure_training(shape, scope, question["batch"], question["context"])
+        elif question["kind"] == "peak":
             row = measure_peak(shape, question["scope"], question["batch"], question["context"], dtype, device)
         else:
             other = question["context" if question["what"] == "batch" else "batch"]

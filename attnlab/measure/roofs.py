@@ -47,7 +47,7 @@ def measure_machine(device: str, dtypes: tuple[str, ...] = ("float32", "bfloat16
         device=device,
         read_bandwidth=size / middle["read_bandwidth"],
         copy_bandwidth=2 * size / middle["copy_bandwidth"],
-        matmul_rate={dtype: _matmul_rate(dtype, device) for dtype in dtypes},
+        matmul_rate={dtype: matmul_rate(dtype, device) for dtype in dtypes},
         call_seconds=middle["call_seconds"],
         memory_bytes=facts["memory_bytes"],
         spread=spread,
@@ -62,7 +62,7 @@ def refreshed(machine: Machine, dtype: str, head_dim: int | None = None) -> Mach
     ``head_dim`` if it is given: a shared machine's clock is another an hour, or a minute, later."""
     fresh = torch.ones(_read_bytes(machine.device) // 4, device=machine.device)
     read = fresh.nbytes / statistics.median(_repeat(fresh.sum, 7, machine.device))
-    rates = {name: _matmul_rate(name, machine.device) for name in {dtype, "float32"} & set(machine.matmul_rate)}
+    rates = {name: matmul_rate(name, machine.device) for name in {dtype, "float32"} & set(machine.matmul_rate)}
     own = _rates(dtype, machine.device, machine.call_seconds, (rated_head_dim(head_dim),), False) if head_dim else {}
     return replace(
         machine,
@@ -128,7 +128,7 @@ def _layer_and_step(device: str, rounds: int) -> tuple[float, float]:
     return layer, max(one - layer, 0)
 
 
-def _matmul_rate(dtype: str, device: str) -> float:
+def matmul_rate(dtype: str, device: str) -> float:
     """Flop/s of the largest square product, by powers of two, that stays below a few hundredths of a second."""
     enough, largest = (0.03, 4096) if device == "cpu" else (0.002, 8192)
     size, seconds = 128, 0.0

@@ -10,14 +10,15 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from attnlab.attention import DEVICES
 from attnlab.errors import InputError, check_bytes, check_size
@@ -39,19 +40,12 @@ def load_hf(directory: str | Path, dtype: object = None, device: torch.device | 
     Raises: InputError on any other model type, quantised weights, a directory of pickles, an index that points
         elsewhere, a damaged file, and missing, unexpected or mis-shaped tensors, by name.
     """
-    directory, device = Path(directory), _device(device)
-    if not directory.is_dir():
-        raise InputError(f"no directory {directory}; give a directory that holds config.json and {_SINGLE}")
-    config = read_hf_config(directory)
-    shape = _runnable_shape(config)
-    with ExitStack() as stack:
-        files = _open(directory, stack)
-        stored = {name: file.get_slice(name) for name, file in files.items()}
-        _compare(shape, stored, directory)
-        head = files.pop(_HEAD, None) if shape.tied_embeddings else None
-        if head is not None and not torch.equal(head.get_tensor(_HEAD), files[_EMBEDDING].get_tensor(_EMBEDDING)):
-            raise InputError(f"{directory}: config.json ties {_HEAD} to {_EMBEDDING}, but the two differ")
-        wanted = _torch_dtype(dtype or config.get("dtype") or config.get("torch_dtype"), stored[_EMBEDDING].get_dtype())
+    device = _device(device)
+    with opened(Path(directory)) as (config, shape, files):
+        if shape.tied_embeddings:
+            files.pop(_HEAD, None)
+        stored = files[_EMBEDDING].get_slice(_EMBEDDING).get_dtype()
+        wanted = _torch_dtype(dtype or config.get("dtype") or config.get("torch_dtype"), stored)
         # copy=True: a tensor as safetensors hands it out is a view of the mapped file, and changes when the file does.
         weights = {name: file.get_tensor(name).to(device, wanted, copy=True) for name, file in files.items()}
     with torch.device("meta"):
@@ -74,27 +68,37 @@ def save_hf(model: Llama, directory: str | Path, *, max_shard_bytes: int = 5 * 1
         part = "q/k/v biases" if model.shape.qkv_bias else "q/k norms"
         raise InputError(f"cannot save a model with {part} as a llama checkpoint: a llama has none")
     target = Path(directory).resolve()  # through a symbolic link, so that its target is replaced and not the link
-    kept = _replaceable(target)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        _write(model, partial, max_shard_bytes)
+    kept = replaceable(target)
+    tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    shards: list[list[str]] = [[]]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(tensors[held].nbytes for held in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    with replacing(target) as partial:
+        write_model(partial, hf_config(model), shards, lambda name: tensors[name].detach().cpu().contiguous())
         for file in kept:
             shutil.copy2(file, partial / file.name)
-        for file in [*partial.iterdir(), partial]:
-            _fsync(file)
-        old = _swap(partial, target)
-        _fsync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise InputError(f"cannot save to {target}: {error}; what was there is unchanged") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[tuple[dict[str, Any], ModelShape, dict[str, Any]]]:
+    """A directory's configuration, its shape, and each tensor's name with the open safetensors file that holds it: the
+    headers agree with the configuration, and no weights are in memory. Raises InputError as ``load_hf`` does."""
+    if not directory.is_dir():
+        raise InputError(f"no directory {directory}; give a directory that holds config.json and {_SINGLE}")
+    config = read_hf_config(directory)
+    shape = _runnable_shape(config)
+    with ExitStack() as stack:
+        files = _open(directory, stack)
+        _compare(shape, {name: file.get_slice(name) for name, file in files.items()}, directory)
+        head = files.get(_HEAD) if shape.tied_embeddings else None
+        if head is not None and not torch.equal(head.get_tensor(_HEAD), files[_EMBEDDING].get_tensor(_EMBEDDING)):
+            raise InputError(f"{directory}: config.json ties {_HEAD} to {_EMBEDDING}, but the two differ")
+        yield config, shape, files
 
 
 def _runnable_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -218,7 +222,7 @@ def _some(names: Iterable[str], separator: str = ", ") -> str:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _replaceable(target: Path) -> list[Path]:
+def replaceable(target: Path) -> list[Path]:
     """Files of an existing ``target`` that a save keeps; raises InputError unless it is empty or a model directory."""
     if not target.exists():
         return []
@@ -232,26 +236,54 @@ def _replaceable(target: Path) -> list[Path]:
     return [path for path in files if path.suffix != ".safetensors" and path.name not in (_INDEX, "config.json")]
 
 
-def _write(model: Llama, directory: Path, max_shard_bytes: int) -> None:
-    config = directory / "config.json"
-    config.write_text(json.dumps(hf_config(model), indent=2) + "\n", encoding="utf-8")
-    tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    shards: list[list[str]] = [[]]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(tensors[held].nbytes for held in shards[-1]) + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes ``target``'s place when the block ends, and is gone if the block fails.
+
+    Raises: InputError if something cannot be written (full disk); what was there before is then unchanged.
+    """
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        for file in [*partial.iterdir(), partial]:
+            _fsync(file)
+        old = _swap(partial, target)
+        _fsync(target.parent)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise InputError(f"cannot save to {target}: {error}; what was there is unchanged") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def write_model(
+    directory: Path, config: Mapping[str, Any], shards: list[list[str]], tensor_of: Callable[[str], Tensor]
+) -> None:
+    """config.json, and one file for each list of names; no more than one shard's tensors are asked for at a time, and
+    each file is read back and compared. Raises OSError or SafetensorError."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        plain = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(plain, directory / file, metadata={"format": "pt"})
-        shutil.copymode(config, directory / file)  # safetensors makes files only their owner may read
+        total += _write_shard(directory / file, {name: tensor_of(name) for name in names})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name("config.json"), path)  # safetensors makes files only their owner may read
+    with safe_open(path, framework="pt") as written:
+        for name, tensor in tensors.items():  # as bytes: a NaN differs from itself
+            if not torch.equal(written.get_tensor(name).view(torch.uint8), tensor.view(torch.uint8)):
+                raise OSError(f"{path.name} does not hold what was written as {name}")
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def hf_config(model: Llama) -> dict[str, Any]:

@@ -6,6 +6,7 @@ B batch   T new tokens   S tokens attended over
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnlab import native
 from attnlab.errors import InputError
@@ -24,6 +25,8 @@ class Llama(nn.Module):
     def __init__(self, shape: ModelShape, impl: str = "auto") -> None:
         super().__init__()
         self.shape, self.impl = shape, impl
+        self.recompute = False
+        """Gradient checkpointing: a backward pass computes each block again instead of finding what it kept."""
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dim)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
         self.norm = RMSNorm(shape.dim, shape.norm_eps)
@@ -61,8 +64,10 @@ class Llama(nn.Module):
         if cache is not None and cache.starts is not None:
             positions = positions - torch.tensor(cache.starts, device=x.device)[:, None]
         by = rotation(self._frequencies, positions, x.dtype)
+        again = self.recompute and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
-            x = block(x, by, cache, index, self.impl)
+            inputs = x, by, cache, index, self.impl
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)

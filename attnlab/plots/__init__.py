@@ -15,10 +15,12 @@ from attnlab.plots.generation import generation, time_per_group
 from attnlab.plots.limit import fraction_of_roof
 from attnlab.plots.memory import capacity, kv_memory
 from attnlab.plots.mistakes import five_ways_it_goes_wrong
-from attnlab.plots.quality import quality, tradeoff
+from attnlab.plots.published import published_quality
+from attnlab.plots.quality import quality, quality_curves, tradeoff
 from attnlab.plots.roofline import prediction, roofline
 from attnlab.plots.speed import decode_batch, decode_context, decode_groups, speedup_over_expanded
 from attnlab.plots.style import save
+from attnlab.plots.training import conversion, recall, scale_vs_variant, uptraining
 from attnlab.plots.variants import variants
 
 
@@ -51,6 +53,14 @@ FIGURES = {
         Chart(time_per_group, "What a token costs a whole model with fewer KV heads, and what was published."),
         Chart(five_ways_it_goes_wrong, "Five mistakes of benchmarks, made on purpose, beside the right measurement."),
         Chart(quality, "Loss difference from MHA with its 95 % interval, and what these runs could have shown."),
+        Chart(quality_curves, "Loss over tokens, a line per seed, beside gzip and xz, and its difference from MHA's."),
+        Chart(scale_vs_variant, "Loss over parameters, and how many per cent of them sharing KV heads is worth."),
+        Chart(recall, "Key-value pairs recalled over their number, per variant, in a plain and a harder form."),
+        Chart(uptraining, "Loss of a converted MHA over the share of its training it gets back, per method."),
+        Chart(conversion, "Attention of one group of query heads before and after conversion, per method."),
+        Chart(
+            published_quality, "What four papers printed on quality with fewer KV heads, and how they matched.", False
+        ),
         Chart(tradeoff, "What sharing KV heads saves in memory and time, and costs in quality."),
     )
 }

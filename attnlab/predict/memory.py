@@ -1,10 +1,12 @@
 """Bytes, from a shape alone: what a model stores, what one decode step reads, what it holds at its peak.
 
 - Three different numbers, three names: *stored* (``weight_bytes``, ``kv_cache_bytes``), *read in one decode step*
-  (``weight_read_bytes``, ``decode_read_bytes``) and *held at the peak* of a decode step or of a prefill
-  (``decode_peak_bytes``, ``prefill_peak_bytes``).
+  (``weight_read_bytes``, ``decode_read_bytes``) and *held at the peak* of a decode step, of a prefill or of a step of
+  training (``decode_peak_bytes``, ``prefill_peak_bytes``, ``training_peak_bytes``).
 - A decode step reads every weight once, however large the batch, except that it looks up only B rows of the embedding
   table; and it reads the whole cache. So sharing heads (arXiv 2305.13245) pays where the cache outweighs the weights.
+- Training holds what the backward pass will ask for: the tensors that autograd saved, of every layer at once; or, where
+  blocks are computed again (gradient checkpointing), the input of every layer and the rest of one.
 - With tensor parallelism every count is of one rank. A rank holds at least one KV head, so the cache stops shrinking
   at P = G ranks: beyond that heads are copied.
 - Everything is an integer, in bytes. 1 KiB = 1024 bytes, 1 GiB = 2^30, but 1 GB = 10^9.
@@ -24,15 +26,12 @@ from attnlab.errors import MAX_BYTES, MAX_SIZE, InputError, check_bytes, check_s
 from attnlab.shapes import ModelShape, element_bytes
 
 KIB, GIB, GB = 2**10, 2**30, 10**9
+LOSS_SCORES = 2**18  # what the loss of training holds at once, on a CPU
 
 
 @dataclass(frozen=True)
-class PeakBytes:
-    """Bytes of one rank at the peak of a decode step or a prefill, term by term."""
-
-    weights: int  # every parameter
-    kv_cache: int  # K and V of every sequence's context, in the KV dtype
-    activations: int  # ``activation_bytes``, in the weights' dtype
+class Held:
+    """Bytes at a peak, term by term."""
 
     @property
     def total(self) -> int:
@@ -40,8 +39,28 @@ class PeakBytes:
         return sum(self.terms().values())
 
     def terms(self) -> dict[str, int]:
-        """Name -> bytes, in the order above."""
+        """Name -> bytes, in the order of the fields."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class PeakBytes(Held):
+    """Bytes of one rank at the peak of a decode step or a prefill."""
+
+    weights: int  # every parameter
+    kv_cache: int  # K and V of every sequence's context, in the KV dtype
+    activations: int  # ``activation_bytes``, in the weights' dtype
+
+
+@dataclass(frozen=True)
+class TrainingBytes(Held):
+    """Bytes at the peak of a step of training."""
+
+    weights: int  # every parameter
+    average: int  # of each over the last steps
+    optimizer: int  # AdamW's two moments of each
+    gradients: int  # of those parameters that have one when the peak is reached
+    activations: int  # what autograd saved and the operations at work hold
 
 
 def kv_cache_bytes(
@@ -142,6 +161,55 @@ def _peak_bytes(
     weights = weight_bytes(shape, dtype, tensor_parallel)
     cache = kv_cache_bytes(shape, batch, context, dtype if kv_dtype is None else kv_dtype, tensor_parallel)
     peak = PeakBytes(weights, cache, activation_bytes(shape.per_rank(tensor_parallel), batch, tokens, dtype))
+    check_bytes("the peak", peak.total)
+    return peak
+
+
+def training_peak_bytes(shape: ModelShape, batch: int, context: int, recompute: bool = False) -> TrainingBytes:
+    """What ``train`` holds at the peak of its steps, in float32: B sequences of S tokens forward, their loss and its
+    gradients, then AdamW and the average. ``recompute``: each block keeps its input alone, and computes the rest again
+    when its backward pass comes.
+
+    The peak is one of a few moments, below, with the gradients that there are by then: those of one step are freed
+    before the next. Counted is what runs on a CPU, not compiled, with ``impl="sdpa"``, whose flash backend keeps no
+    scores. ("grouped" keeps G·D less per token and layer; H·D more of a single sequence, or with norms on q and k, then
+    G·D more as well.) Left out are scratch inside the attention kernels and, where batches accumulate, the rest of the
+    gradients. On CUDA the norm is one kernel that keeps d less; bfloat16 autocast keeps half of most.
+    """
+    n = check_size("batch", batch) * check_size("context", context)
+    d, ffn, vocab, L = shape.dim, shape.ffn_dim, shape.vocab_size, shape.n_layers
+    q, kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    # What autograd saves, in elements per token. A norm: its input (the residual stream), 1/rms, the normed copy before
+    # the weight, and its output, which is the input of the projections behind it.
+    norm = 3 * d + 1
+    # The joined product, since v is a view of it; q and k, rotated (which saves cosine and sine only); the logsumexp of
+    # each head; what attention mixed, for its own backward pass and o_proj's. Norms on q and k keep 1/rms and a copy.
+    attention = (q + 2 * kv) + (q + kv) + shape.n_heads + q
+    attention += (q + kv + shape.n_heads + shape.n_kv_heads) * shape.qk_norm
+    block = norm + attention + norm + 4 * ffn  # gate and up, joined; silu(gate); its product with up, for down_proj
+    kept = d if recompute else block  # of a block that is not at work
+    table = shape.embedding_params
+    layer = (shape.n_params - d - table * (1 if shape.tied_embeddings else 2)) // L
+    # Two of a piece of the loss, scores and their exponentials, and the gradients of the piece before.
+    scores = vocab * min(2 * n, 3 * max(1, LOSS_SCORES // vocab))
+    moments = [  # (gradients, activations), in elements
+        # The loss: the last norm's and the gradient of its output; then that, and the head's, again times the loss's.
+        (table, n * (L * kept + norm) + max(scores, n * d + table)),
+        (table, n * (L * kept + 6 * d)),  # backward through that norm, by torch's formula for a power
+        (shape.n_params, 2 * max(table, d * ffn, d * q)),  # averaging, matrix by matrix, when every gradient is there
+    ]
+    for index in {0, L - 1}:  # between the first and the last block everything grows or shrinks in proportion
+        done, earlier = table + d + (L - 1 - index) * layer, index * kept
+        moments += [
+            # In the FFN: gradients of its output, of the product and both factors, when the product itself is gone.
+            (done + d * ffn, n * (earlier + block + d + 2 * ffn)),
+            # In attention, when the FFN is gone: gradients of the block's output, of what was mixed, and of q, k, v.
+            (done + 3 * d * ffn + d * q + d, n * (earlier + norm + attention + d + 2 * q + 2 * kv)),
+        ]
+    gradients, activations = max(moments, key=sum)
+    activations += n * d + 2 * shape.head_dim * context  # the last hidden states, by name; cosine and sine
+    weights = weight_bytes(shape, "float32")
+    peak = TrainingBytes(weights, weights, 2 * weights, 4 * gradients, 4 * activations)
     check_bytes("the peak", peak.total)
     return peak
 

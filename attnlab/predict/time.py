@@ -49,6 +49,13 @@ def attention_flops(shape: ModelShape, batch: int, queries: int, context: int) -
     return 4 * batch * shape.n_heads * shape.head_dim * pairs
 
 
+def training_flops(shape: ModelShape, context: int) -> float:
+    """Flops of one token's forward and backward pass, the mean over a window of ``context``: two for each weight it is
+    multiplied by and the attention's own, and twice that again backward."""
+    products = 2 * (shape.n_params - (0 if shape.tied_embeddings else shape.embedding_params))
+    return 3 * (products + shape.n_layers * attention_flops(shape, 1, context, context) / context)
+
+
 def predict_decode(
     shape: ModelShape,
     machine: Machine,

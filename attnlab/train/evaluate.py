@@ -20,12 +20,19 @@ def bits_per_byte(model: Llama, tokens: Tensor, context: int, text_bytes: int | 
     """−log2 p(text) per byte. ``tokens`` [N] are cut into windows of ``context`` that do not overlap; every token but
     the first is predicted once, from those before it in its window. ``text_bytes`` is what the predicted tokens stand
     for (one each if None: a byte-level model). Raises ``InputError`` on fewer than two tokens or a context below 1."""
+    bits, _ = bits_by_position(model, tokens, context)
+    return bits.sum().item() / (len(tokens) - 1 if text_bytes is None else text_bytes)
+
+
+def bits_by_position(model: Llama, tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """As above, told apart by how many tokens of its window a prediction sees: bits in all, and predictions made, at
+    positions 0 … context - 1; [context] float64 each."""
     if len(tokens) < 2:
         raise InputError(f"the text has {len(tokens)} tokens, at least 2 are needed to predict one")
     device = model.embed_tokens.weight.device
     whole = (len(tokens) - 1) // check_size("context", context)
     rows = max(1, LOGITS // model.shape.vocab_size)
-    nats = 0.0
+    bits, counts = torch.zeros(2, context, dtype=torch.float64)
     with torch.inference_mode():
         size = max(1, min(BATCH, WINDOW_TOKENS // context))
         batches = list(tokens.unfold(0, context + 1, context).split(size)) if whole else []
@@ -34,9 +41,16 @@ def bits_per_byte(model: Llama, tokens: Tensor, context: int, text_bytes: int | 
         for batch in batches:
             batch = batch.to(device).long()
             hidden, targets = model.hidden(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
-            for states, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
-                nats += F.cross_entropy(model.logits(states).float(), expected, reduction="sum").item()
-    return nats / math.log(2) / (len(tokens) - 1 if text_bytes is None else text_bytes)
+            nats = torch.cat(
+                [
+                    F.cross_entropy(model.logits(states).float(), expected, reduction="none")
+                    for states, expected in zip(hidden.split(rows), targets.split(rows), strict=True)
+                ]
+            )
+            seen = batch.shape[1] - 1
+            bits[:seen] += nats.view(len(batch), seen).double().sum(0).cpu() / math.log(2)
+            counts[:seen] += len(batch)
+    return bits, counts
 
 
 def load_tokenizer(directory: Path | str) -> Any:

@@ -1,7 +1,7 @@
-"""What sharing heads costs in quality: a declared set of small runs (``attnlab.effects`` says what they can show).
+"""A sweep: a declared set of training runs, each a key; two one-thread runs side by side, resumable, rows as they end.
 
-Every variant is trained plain (fewer parameters than MHA) and matched (the FFN widened to MHA's count), with several
-seeds. Arms of one seed share data order, so that differences to MHA can be taken seed by seed.
+Arms of one seed share initial weights and data order, so that differences to MHA can be taken seed by seed
+(``attnlab.effects`` says what they can show). What is declared lies in ``train/sweeps.py``.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,96 +20,128 @@ from typing import Any
 import torch
 
 from attnlab import host
-from attnlab.errors import check_size, divisors
+from attnlab.measure.roofs import matmul_rate
+from attnlab.model.convert import to_grouped
+from attnlab.model.llama import Llama
+from attnlab.predict.time import training_flops
 from attnlab.results import Run, row_key
-from attnlab.shapes import ModelShape
-from attnlab.train.corpus import Corpus, standard_library
-from attnlab.train.loop import train
+from attnlab.train.loop import Task, forget, train
 from attnlab.train.recipe import Recipe
 
-# 0.5 M parameters, heads small enough that eight of them fit: what two CPU cores can repeat 21 times in an hour.
-FIRST_CUT = ModelShape(3, 128, 8, 8, 16, 256, 256, tied_embeddings=True, max_context=256, name="byte-0.5m")
-QUICK = ModelShape(2, 32, 4, 4, 8, 64, 256, tied_embeddings=True, max_context=64, name="byte-quick")
-Report = Callable[[str, int, int, float], None]
+Report = Callable[[str, int, int, float, str], None]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a sweep: its recipe, the arm it belongs to, the experiment it serves."""
+    """One run of a sweep: its recipe and data, the arm it belongs to, the experiment it serves, and in ``facts`` what
+    else tells it from others. With a ``parent`` it starts from that run's last weights, converted to its own number of
+    KV heads by the method that ``arm`` names, and is judged after each of ``alphas``, shares of the parent's steps: a
+    row each."""
 
     experiment: str
     arm: str
     recipe: Recipe
+    task: Task
+    facts: tuple[tuple[str, Any], ...] = ()
+    parent: "Planned | None" = None
+    alphas: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:
-        return f"{self.recipe.shape.variant} {self.arm} seed {self.recipe.seed}"
+        return f"{self.experiment} {self.recipe.shape.variant} {self.arm} seed {self.recipe.seed}"
 
-    def configuration(self, corpus: Corpus) -> dict[str, Any]:
-        """What the row's key hashes: everything that decides the run's numbers."""
-        return {"experiment": self.experiment, "arm": self.arm, "corpus": corpus.digest, **asdict(self.recipe)}
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What the run's key hashes: everything that decides its numbers."""
+        said: dict[str, Any] = {"experiment": self.experiment, "arm": self.arm, "corpus": self.task.digest}
+        if self.parent:
+            said["parent"] = self.parent.key
+        return {**said, **asdict(self.recipe), **dict(self.facts)}
 
+    @property
+    def key(self) -> str:
+        return row_key(self.configuration)
 
-def plan(
-    shape: ModelShape = FIRST_CUT,
-    *,
-    seeds: int = 3,
-    tokens: int = 2_000_000,
-    experiment: str = "first-cut",
-    **recipe: Any,
-) -> list[Planned]:
-    """Every G that divides H × plain and matched × seeds, whole seeds first: a partial sweep is still paired."""
-    check_size("seeds", seeds)
-    runs = []
-    for seed in range(seeds):
-        for g in reversed(divisors(shape.n_heads)):
-            for arm in ("plain",) if g == shape.n_heads else ("plain", "matched"):
-                grouped = shape.with_kv_heads(g, match_params=arm == "matched")
-                runs.append(Planned(experiment, arm, Recipe(grouped, seed, tokens, **recipe)))
-    return runs
+    @property
+    def marks(self) -> dict[int, float]:
+        """Step -> alpha."""
+        return {round(alpha * self.parent.recipe.steps): alpha for alpha in self.alphas} if self.parent else {}
 
-
-def quick_plan() -> list[Planned]:
-    """The machinery in a minute: a toy model, a toy budget, the same code."""
-    return plan(QUICK, tokens=65_536, experiment="quick", context=64)
+    def row_keys(self) -> dict[str, float | None]:
+        """Keys of the rows that the run ends in, with the alpha of each."""
+        if not self.alphas:
+            return {self.key: None}
+        return {row_key({**self.configuration, "alpha": alpha}): alpha for alpha in self.alphas}
 
 
 def run_sweep(
-    folder: Path, runs: Iterable[Planned], corpus: Corpus | None = None, report: Report | None = None
+    folder: Path, runs: Iterable[Planned], report: Report | None = None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Train what ``folder`` does not hold yet, one one-thread process per core, appending a row as each run ends.
-    ``report(label, step, steps, loss)`` is called about once a second per run. A killed sweep goes on from its rows and
-    checkpoints to the same numbers. Raises ``InputError`` if another process writes to ``folder``."""
-    corpus = corpus or standard_library()
-    facts = host.describe("cpu") | {"threads": 1}
+    """Train what ``folder`` does not hold yet, one one-thread process per core (on a card one process), appending rows
+    as each run ends. ``report(label, step, steps, loss, state)`` is called about once a second per run. A killed sweep
+    goes on from its rows and checkpoints to the same numbers. Raises ``InputError`` if another process writes to
+    ``folder``."""
+    facts = host.describe(device) | {"threads": 1}
     context = multiprocessing.get_context("spawn")
     progress: Any = context.Queue()
+    runs = list(runs)
     with Run(folder) as rows, host.training():
-        keyed = {row_key(planned.configuration(corpus)): planned for planned in runs}
-        rows.plan(keyed)
-        pool = ProcessPoolExecutor(
-            facts["cores"], mp_context=context, initializer=_start_worker, initargs=(corpus, progress)
-        )
+        rows.plan(key for planned in runs for key in planned.row_keys())
+        waiting = [planned for planned in runs if any(key not in rows for key in planned.row_keys())]
+        parents = {planned.parent for planned in waiting if planned.parent}
+        weights = {parent: folder / "models" / f"{parent.key}.pt" for parent in parents}
+        # a parent whose weights are not there is trained again, to the same ones, even if its row is
+        waiting = [parent for parent, path in weights.items() if not path.exists() and parent not in waiting] + waiting
+        workers = facts["cores"] if device == "cpu" else 1
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(progress,))
         try:
             pending: dict[Future[dict[str, Any]], Planned] = {}
-            for key, planned in keyed.items():
-                if key not in rows:
-                    pending[pool.submit(_work, planned, folder / "checkpoints" / f"{key}.pt")] = planned
-            while pending:
+            while waiting or pending:
+                ready = [run for run in waiting if run.parent is None or weights[run.parent].exists()]
+                for planned in ready[: 2 * workers - len(pending)]:
+                    waiting.remove(planned)
+                    checkpoint = folder / "checkpoints" / f"{planned.key}.pt"
+                    start = weights[planned.parent] if planned.parent else None
+                    keep = folder / "models" / f"{planned.key}.pt" if _is_parent(planned, runs) else None
+                    pending[pool.submit(_work, planned, checkpoint, start, keep, device)] = planned
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     planned = pending.pop(future)
-                    configuration, recipe = planned.configuration(corpus), planned.recipe
-                    key = row_key(configuration)
-                    more = {"kind": "quality", "n_params": recipe.shape.n_params, "tokens": recipe.tokens}
-                    rows.append(key, facts | configuration | more | future.result())
-                    (folder / "checkpoints" / f"{key}.pt").unlink(missing_ok=True)
+                    result = future.result()
+                    for key, row in _rows(planned, facts, result):
+                        if key not in rows:
+                            rows.append(key, row)
+                    forget(folder / "checkpoints" / f"{planned.key}.pt")
+                    if result["status"] != "ok":  # what was to start from its weights never can
+                        waiting = [run for run in waiting if run.parent != planned]
                 _drain(progress, report)
         finally:
             for process in list((pool._processes or {}).values()):  # else Ctrl-C waits for minutes of training
                 process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
         return rows.rows
+
+
+def _is_parent(planned: Planned, runs: list[Planned]) -> bool:
+    return any(run.parent == planned for run in runs)
+
+
+def _rows(planned: Planned, facts: dict[str, Any], result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    shape = planned.recipe.shape
+    said = facts | planned.task.facts() | planned.configuration
+    row = said | {"kind": "quality", "n_params": shape.n_params} | result
+    marks = dict(row.pop("marks", ()))
+    if result["status"] == "ok" and "matmul_rate" in row:
+        spent = row["tokens_per_second"] * training_flops(shape, planned.recipe.context)
+        row["mfu"] = spent / row["matmul_rate"]
+    steps = {alpha: step for step, alpha in planned.marks.items()}
+    for key, alpha in planned.row_keys().items():
+        if alpha is None:
+            yield key, row
+        elif result["status"] == "ok":
+            yield key, row | {"alpha": alpha, "bits_per_byte": marks[steps[alpha]]}
+        else:
+            yield key, row | {"alpha": alpha}
 
 
 def _drain(progress: Any, report: Report | None) -> None:
@@ -122,13 +155,12 @@ def _drain(progress: Any, report: Report | None) -> None:
             report(label, *state)
 
 
-_corpus: Corpus
 _progress: Any
 
 
-def _start_worker(corpus: Corpus, progress: Any) -> None:
-    global _corpus, _progress
-    _corpus, _progress = corpus, progress
+def _start_worker(progress: Any) -> None:
+    global _progress
+    _progress = progress
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, without a traceback here
     torch.set_num_threads(1)  # two one-thread runs side by side beat one run of two threads
@@ -143,9 +175,24 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _work(planned: Planned, checkpoint: Path) -> dict[str, Any]:
-    def on_step(step: int, loss: float) -> None:
-        if step % 10 == 0:
-            _progress.put((planned.label, step, planned.recipe.steps, loss))
+def _work(planned: Planned, checkpoint: Path, start: Path | None, keep: Path | None, device: str) -> dict[str, Any]:
+    recipe, began, before = planned.recipe, time.monotonic(), 0
 
-    return train(planned.recipe, _corpus, checkpoint, on_step)
+    def on_step(step: int, loss: float) -> None:
+        nonlocal before
+        before = before or step
+        seconds = (time.monotonic() - began) / max(1, step - before)
+        speed = recipe.batch * recipe.context / seconds
+        left = (recipe.steps - step) * seconds / 60
+        _progress.put((planned.label, step, recipe.steps, loss, f"{speed:,.0f} tokens/s, {left:.0f} min left"))
+
+    model = None
+    if start is not None and planned.parent is not None:
+        model = Llama(planned.parent.recipe.shape)
+        model.load_state_dict(torch.load(start, weights_only=True))
+        if planned.arm != "continued":
+            model = to_grouped(model, recipe.shape.n_kv_heads, planned.arm, seed=recipe.seed)
+    rate = matmul_rate("bfloat16" if recipe.autocast else "float32", device)
+    marks = tuple(planned.marks)
+    result = train(recipe, planned.task, checkpoint, on_step, model=model, marks=marks, device=device, keep=keep)
+    return result | {"matmul_rate": rate}

@@ -1,0 +1,215 @@
+"""Commands that train: sweeps of variants, one converted model, a tokenizer."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attnlab.cli.options import PLAIN, RUNS, Device, Fresh, Runs, show
+from attnlab.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas
+
+app = typer.Typer(**PLAIN)
+quality_app = typer.Typer(help="Train variants beside each other and say what their loss shows.", **PLAIN)
+tokenizer_app = typer.Typer(help="LLaMA's kind of tokenizer, for your text.", **PLAIN)
+app.add_typer(quality_app, name="quality")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+CORPORA = Path("runs/corpora")
+Names = Annotated[str, typer.Option("--experiments", help="Names with commas between, or all.")]
+Text = Annotated[str, typer.Option(help="stdlib, or a folder, file, glob or saved Hugging Face data set.")]
+TokenizerFile = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="A tokenizer.model, or its directory.")]
+
+
+@quality_app.command("plan")
+def quality_plan(experiments: Names = "all", quick: bool = False, text: Text = "stdlib", runs: Runs = RUNS) -> None:
+    """Runs, tokens and predicted hours of every experiment, and what is done of it; nothing is started."""
+    from attnlab.measure.roofs import matmul_rate
+    from attnlab.trained import plan_table
+
+    planned = _declared(experiments, quick, text)
+    show(plan_table(planned, _folder(runs, quick, False, "cpu"), matmul_rate("float32", "cpu")))
+
+
+@quality_app.command("run")
+def quality_run(
+    experiments: Names = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="A toy model: the machinery in a minute.")] = False,
+    text: Text = "stdlib",
+    runs: Runs = RUNS,
+    fresh: Fresh = False,
+    device: Device = "cpu",
+    tensorboard: Annotated[Path | None, typer.Option(help="Write losses there too, for TensorBoard.")] = None,
+) -> None:
+    """Train what the experiments declare, side by side, one process per core; killed, it goes on where it was."""
+    from attnlab.measure.roofs import matmul_rate
+    from attnlab.progress import progress
+    from attnlab.results import load_results
+    from attnlab.train.quality import run_sweep
+    from attnlab.trained import plan_table, quality_tables
+
+    planned, folder = _declared(experiments, quick, text), _folder(runs, quick, fresh, device)
+    show(plan_table(planned, folder, matmul_rate("bfloat16" if device == "cuda" else "float32", device)))
+    print(f"rows go to {folder}", file=sys.stderr)
+    write = _tensorboard(tensorboard)
+    with progress() as advance:
+
+        def report(label: str, step: int, steps: int, loss: float, state: str) -> None:
+            write(label, loss, step)
+            advance(f"{label}, loss {loss:.3f}, {state}", step, steps)
+
+        run_sweep(folder, planned, report, device)
+    show(*quality_tables(load_results(folder)))
+
+
+@quality_app.command("status")
+def quality_status(runs: Runs = RUNS) -> None:
+    """Finished runs of every sweep below a folder, by experiment and arm."""
+    for (run, experiment), sweep in _quality_rows(runs).groupby(["run", "experiment"], sort=False):
+        arms = Counter(zip(sweep["shape.n_kv_heads"].astype(int), sweep["arm"], strict=True))
+        counts = ", ".join(f"G={g} {arm} ×{count}" for (g, arm), count in arms.items())
+        print(f"{run}, {experiment}: {len(sweep)} rows; {counts}")
+
+
+@quality_app.command("report")
+def quality_report(
+    results: Annotated[Path | None, typer.Argument(help="A run's folder; else the newest published sweeps.")] = None,
+) -> None:
+    """Differences to MHA with intervals, verdicts, and the smallest effect that could have been seen."""
+    from attnlab.trained import quality_tables
+
+    show(*quality_tables(_quality_rows(results)))
+
+
+@app.command()
+def uptrain(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face model directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where the trained model goes.")],
+    tokens: Annotated[int, typer.Option(help="Training tokens.")],
+    text: Text = "stdlib",
+    rate: Annotated[float, typer.Option(help="Learning rate, constant after its warm-up.")] = 3e-5,
+    batch: Annotated[int, typer.Option(help="Sequences in a step.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a model on, as a converted one needs; killed, it goes on where it was."""
+    from attnlab.model.checkpoint import load_hf, save_hf
+    from attnlab.progress import progress
+    from attnlab.train.corpus import prepare
+    from attnlab.train.loop import forget, train
+    from attnlab.train.recipe import Recipe
+    from attnlab.train.tokenizer import Tokenizer
+
+    if out.exists():
+        raise InputError(f"{out} exists; give a new directory")
+    model = load_hf(directory, "float32", device)
+    words = Tokenizer.load(directory)
+    if words.vocab_size > model.shape.vocab_size:
+        raise InputError(f"{directory}: {words.vocab_size:,} tokens, but the model has {model.shape.vocab_size:,}")
+    corpus = prepare(text, words.vocab_size, CORPORA, words)
+    again, autocast = recompute, device == "cuda"
+    recipe = Recipe(model.shape, seed, tokens, batch, context, rate, "constant", recompute=again, autocast=autocast)
+    checkpoint = out.with_name(f".{out.name}.training.pt")
+    with progress() as advance:
+        result = train(
+            recipe,
+            corpus,
+            checkpoint,
+            lambda step, loss: advance(f"loss {loss:.3f}", step, recipe.steps),
+            model=model,
+            marks=(0,),
+            device=device,
+        )
+    if result["status"] != "ok":
+        raise InputError(f"the training diverged: {result['reason']}; give a smaller --rate than {rate:g}")
+    save_hf(model, out)
+    words.save(out / "tokenizer.model")
+    forget(checkpoint)
+    print(f"{out}: {result['marks'][0][1]:.4f} → {result['bits_per_byte_raw']:.4f} bits per byte of validation text")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The tokenizer.model to write.")],
+    vocab_size: Annotated[int, typer.Option(help="1,024 to 32,768.")] = 1024,
+    text: Text = "stdlib",
+) -> None:
+    """Learn a vocabulary from a text."""
+    from attnlab.train.corpus import read_documents
+    from attnlab.train.tokenizer import Tokenizer
+
+    words = Tokenizer.train((document for _, document in read_documents(text)), vocab_size)
+    words.save(out)
+    print(f"{out}: {words.vocab_size:,} tokens, digest {words.digest}")
+
+
+@tokenizer_app.command("encode")
+def tokenizer_encode(tokenizer: TokenizerFile) -> None:
+    """Text on stdin to tokens on stdout, as numbers."""
+    from attnlab.train.tokenizer import Tokenizer
+
+    words = Tokenizer.load(tokenizer)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the text is not UTF-8: {error}") from None
+    print(*words.encode(text))
+
+
+@tokenizer_app.command("decode")
+def tokenizer_decode(tokenizer: TokenizerFile) -> None:
+    """Tokens on stdin, as numbers, to text on stdout."""
+    from attnlab.train.tokenizer import Tokenizer
+
+    words = Tokenizer.load(tokenizer)
+    try:
+        tokens = [int(number) for number in sys.stdin.read().split()]
+    except ValueError as error:
+        raise InputError(f"expected whole numbers with spaces between: {error}") from None
+    sys.stdout.buffer.write(words.decode(tokens).encode())
+
+
+def _declared(experiments: str, quick: bool, text: str) -> Any:
+    from attnlab.train.corpus import prepare
+    from attnlab.train.sweeps import EXPERIMENTS, VOCABULARY, declared
+    from attnlab.train.sweeps import quick as toy
+
+    corpus = prepare(text, VOCABULARY, CORPORA)
+    if quick:
+        return toy(corpus)
+    return declared(list(EXPERIMENTS) if experiments == "all" else experiments.split(","), corpus)
+
+
+def _folder(runs: Path, quick: bool, fresh: bool, device: str) -> Path:
+    from attnlab import host
+    from attnlab.results import run_folder
+
+    return run_folder(runs, host.describe(device)["machine"], fresh=fresh, suffix="-quick" if quick else "-quality")
+
+
+def _tensorboard(folder: Path | None) -> Any:
+    if folder is None:
+        return lambda label, loss, step: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs: pip install tensorboard") from None
+    writer = SummaryWriter(str(folder))
+    return lambda label, loss, step: writer.add_scalar(f"loss/{label}", loss, step)
+
+
+def _quality_rows(path: Path | None) -> "pandas.DataFrame":
+    from attnlab.results import load_results
+
+    rows = load_results(path)
+    rows = rows[rows["kind"] == "quality"]
+    if rows.empty:
+        where = path or "the published rows"
+        raise InputError(f"no finished quality runs at {where}; train some with: attnlab quality run")
+    return rows

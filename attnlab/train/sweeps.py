@@ -1,0 +1,120 @@
+"""What is declared to be trained: five experiments, each a list of runs, the most valuable seeds first.
+
+g-sweep      every G, plain and matched, on real text: what sharing costs
+uptraining   one MHA checkpoint made into fewer heads by every method, and trained back
+recall       associative recall, where few KV heads should hurt first
+scale        the same variants at several sizes: what else would buy that loss
+context      loss by position in a longer window
+"""
+
+from dataclasses import replace
+
+from attnlab.errors import check_choice, check_size, divisors
+from attnlab.model.convert import METHODS
+from attnlab.shapes import ModelShape
+from attnlab.train.loop import Task
+from attnlab.train.quality import Planned
+from attnlab.train.recipe import COMPILED_FROM, Recipe, peak_rate
+
+VOCABULARY = 1024
+# Sizes by layers, dim and FFN; eight heads, so that G has four values. What two cores can repeat dozens of times.
+SIZES = {
+    name: ModelShape(layers, dim, 8, 8, dim // 8, ffn, VOCABULARY, tied_embeddings=True, max_context=1024, name=name)
+    for name, layers, dim, ffn in (
+        ("0.3m", 2, 96, 256),
+        ("0.6m", 3, 128, 256),
+        ("1.1m", 3, 160, 416),
+        ("1.7m", 4, 192, 384),
+    )
+}
+QUICK = ModelShape(2, 32, 4, 4, 8, 64, VOCABULARY, tied_embeddings=True, max_context=64, name="quick")
+SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 4_000_000, 5
+TOKENS_PER_PARAMETER = 4
+ALPHAS = (0.0, 0.01, 0.05, 0.1, 0.2)
+EXPERIMENTS = ("g-sweep", "uptraining", "recall", "scale", "context")
+
+
+def recipe(shape: ModelShape, seed: int, tokens: int, rate_of: ModelShape | None = None, **more: object) -> Recipe:
+    """LLaMA's recipe at this size; all arms at the learning rate of ``rate_of``, their MHA."""
+    size = (rate_of or shape).n_params
+    rated = {"peak_rate": round(peak_rate(size), 6), "compiled": size >= COMPILED_FROM}
+    return Recipe(shape, seed, tokens, **(rated | more))  # type: ignore[arg-type]  # fields of Recipe by name
+
+
+def g_sweep(
+    text: Task,
+    shape: ModelShape = SIZES[SWEEP_SIZE],
+    seeds: int = SWEEP_SEEDS,
+    tokens: int = SWEEP_TOKENS,
+    **more: object,
+) -> list[Planned]:
+    """Every G that divides H × plain and matched × seeds, whole seeds first: a partial sweep is still paired."""
+    runs = []
+    for seed in range(check_size("seeds", seeds)):
+        for g in reversed(divisors(shape.n_heads)):
+            for arm in ("plain",) if g == shape.n_heads else ("plain", "matched"):
+                grouped = shape.with_kv_heads(g, match_params=arm == "matched")
+                runs.append(Planned("g-sweep", arm, recipe(grouped, seed, tokens, shape, **more), text))
+    return runs
+
+
+def uptraining(parent: Planned, seeds: int = 3) -> list[Planned]:
+    """The MHA run ``parent``, converted by every method to every smaller G, and itself, trained on for a fifth of its
+    steps at the rate its schedule ended with, on text in another order."""
+    shape, before = parent.recipe.shape, parent.recipe
+    tokens = round(max(ALPHAS) * before.steps) * before.batch * before.context
+    after = replace(before, tokens=tokens, schedule="constant", peak_rate=0.1 * before.peak_rate)
+    runs = []
+    for seed in range(check_size("seeds", seeds)):
+        order = replace(after, seed=1000 + seed)
+        runs.append(Planned("uptraining", "continued", order, parent.task, (), parent, ALPHAS))
+        for g in [g for g in reversed(divisors(shape.n_heads)) if g < shape.n_heads]:
+            for method in METHODS:
+                grouped = replace(order, shape=shape.with_kv_heads(g))
+                runs.append(Planned("uptraining", method, grouped, parent.task, (), parent, ALPHAS))
+    return runs
+
+
+def scale(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planned]:
+    """Sizes × {MHA, GQA-2, MQA}, on as many tokens each, and on tokens that grow with the size."""
+    runs = []
+    for seed in range(check_size("seeds", seeds)):
+        for shape in SIZES.values():
+            budgets = {"fixed": tokens, "per-parameter": TOKENS_PER_PARAMETER * shape.n_params}
+            for budget, count in budgets.items():
+                for g in (shape.n_heads, 2, 1):
+                    one = recipe(shape.with_kv_heads(g), seed, count, shape)
+                    runs.append(Planned("scale", "plain", one, text, (("budget", budget),)))
+    return runs
+
+
+def context(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planned]:
+    """MHA and MQA on windows of 1024 tokens; rows tell loss by position."""
+    shape = SIZES[SWEEP_SIZE]
+    return [
+        Planned("context", "plain", recipe(shape.with_kv_heads(g), seed, tokens, shape, context=1024, batch=1), text)
+        for seed in range(check_size("seeds", seeds))
+        for g in (shape.n_heads, 1)
+    ]
+
+
+def quick(text: Task) -> list[Planned]:
+    """The machinery in a minute: a toy model, a toy budget, the same code."""
+    runs = g_sweep(text, QUICK, 2, 65_536, context=64)
+    return runs + uptraining(runs[0], 2)
+
+
+def declared(names: list[str], text: Task) -> list[Planned]:
+    """The runs of the experiments named, in the order in which they are worth most. Raises ``InputError`` on a name
+    that is none."""
+    for name in names:
+        check_choice("experiment", name, EXPERIMENTS)
+    sweep = g_sweep(text)
+    whole = {
+        "g-sweep": lambda: sweep,
+        "uptraining": lambda: uptraining(sweep[0]),
+        "recall": lambda: [],
+        "scale": lambda: scale(text),
+        "context": lambda: context(text),
+    }
+    return [run for name in EXPERIMENTS if name in names for run in whole[name]()]
