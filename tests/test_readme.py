@@ -8,7 +8,7 @@ import pandas
 import pytest
 from rich.console import Console
 
-from attnlab import generated, report
+from attnlab import generated, report, trained
 from attnlab.results import PUBLISHED, headline, load_results, newest
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -68,7 +68,7 @@ def outputs():
         "arms": shown(*report.arms(speed)),
         "generation": generation(newest(rows, "generate", machine)),
         "memory": memory(newest(rows, "peak", machine)),
-        "quality": shown(report.quality(newest(rows, "quality", machine))),
+        "quality": shown(trained.quality(newest(rows, "quality", machine))),
     }
 
 

@@ -24,7 +24,6 @@ from attnlab.report import (
     memory_tables,
     milliseconds,
     prediction_errors,
-    quality,
     roofs,
 )
 from attnlab.shapes import ModelShape
@@ -334,48 +333,6 @@ def test_a_proof_says_which_peak_is_off() -> None:
     rows = [peak("prefill", size, 10**8) for size in (103 * 10**6, 97 * 10**6, 1031 * 10**5, 969 * 10**5)]
     _, doubts = memory_proof(pandas.DataFrame(rows))  # nothing but peaks: a run that was stopped early
     assert doubts == [f"prefill MQA bf16 2×7: predicted {size} MB, measured 100.00 MB" for size in ("103.10", "96.90")]
-
-
-# --- quality --------------------------------------------------------------------------------------------------------
-
-
-def trained(g: int, arm: str, losses: list[float], **more: Any) -> list[dict[str, Any]]:
-    common = {"kind": "quality", "status": "ok", "experiment": "e", "corpus": "c", "machine": "m", "tokens": 7000}
-    return [
-        common
-        | {"shape.n_heads": 6, "shape.n_kv_heads": g, "arm": arm, "seed": seed, "bits_per_byte": loss}
-        | {"n_params": 1000 * g}
-        | more
-        for seed, loss in enumerate(losses)
-    ]
-
-
-def test_quality_shows_differences_with_their_intervals() -> None:
-    """A difference without its interval, or beside another arm's parameters, is a claim nobody can weigh."""
-    rows = pandas.DataFrame(
-        trained(6, "plain", [2.0, 2.1, 2.3])
-        + trained(2, "plain", [2.02, 2.14, 2.36])  # + 0.02, 0.04, 0.06
-        + trained(2, "matched", [2.12, 2.23, 2.44], n_params=6001)
-    )
-    table = quality(rows)
-    assert table.title == "bits per byte after 7,000 tokens: MHA's, and the others' minus MHA's"
-    cells = {
-        (variant, arm): (count, seeds, difference, verdict)
-        for variant, arm, count, seeds, difference, _, verdict in zip(
-            *(column._cells for column in table.columns), strict=True
-        )
-    }
-    assert cells["GQA-2", "plain"] == ("2,000", "3", "+0.0400 ± 0.0497", "not resolvable at this scale")
-    assert cells["GQA-2", "matched"] == ("6,001", "3", "+0.1300 ± 0.0248", "worse")
-    assert cells["MHA", "plain"] == ("6,000", "3", "2.1333 (sd 0.1528)", "")
-
-
-def test_a_sweep_that_cannot_be_judged_is_one_clear_error() -> None:
-    """Every run diverged, or MHA is still to come: the table's title must not fail first."""
-    with pytest.raises(InputError, match="quality rows of one experiment are needed"):
-        quality(pandas.DataFrame(trained(6, "plain", [2.0, 2.1], status="diverged")))
-    with pytest.raises(InputError, match="no finished MHA run to compare with"):
-        quality(pandas.DataFrame(trained(2, "plain", [2.0, 2.1])))
 
 
 def test_ours_stands_beside_the_quickest_of_the_others() -> None:

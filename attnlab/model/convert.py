@@ -6,7 +6,7 @@ short and attention goes flat. Yet a head can be turned without changing what th
 it: K by a complex factor per frequency pair, which is all that commutes with rotary positions, undone in Q; V by any
 matrix, undone in O. "aligned" turns the heads of a group onto each other, and only then averages.
 
-    G groups   R KV heads in each   D head_dim   F = D/2 frequency pairs   I inputs (dim, and one for a bias)
+    G groups   R KV heads in each   D head_dim   I inputs (dim, and one for a bias)
 """
 
 import re
@@ -145,8 +145,7 @@ def _converter(
 def _aligned(layer: dict[str, Tensor], shape: ModelShape, n_kv_heads: int, seen: Tensor) -> dict[str, Tensor]:
     """One layer's projections by name -> the same, converted; ``seen`` as ``_consensus`` has it, or one bias short."""
     G, R, D = n_kv_heads, shape.n_kv_heads // n_kv_heads, shape.head_dim
-    dtype = layer["o_proj.weight"].dtype
-    precise = torch.promote_types(dtype, torch.float32)
+    precise = torch.promote_types(layer["o_proj.weight"].dtype, torch.float32)
 
     def rows(part: str) -> Tensor:
         columns = [layer[f"{part}_proj.weight"]]
@@ -171,7 +170,7 @@ def _aligned(layer: dict[str, Tensor], shape: ModelShape, n_kv_heads: int, seen:
     }
     split = {f"{part}_proj.bias": new[part][:, -1] for part in "qkv" if shape.qkv_bias}
     split |= {f"{part}_proj.weight": matrix[:, : layer[f"{part}_proj.weight"].shape[1]] for part, matrix in new.items()}
-    return {name: tensor.to(dtype).contiguous() for name, tensor in split.items()}
+    return {name: tensor.to(layer[name].dtype).contiguous() for name, tensor in split.items()}
 
 
 def _consensus(heads: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,11 @@ COMPILED_FROM = 1_400_000
 
 def peak_rate(n_params: int) -> float:
     """Learning rate by size: 3e-4 at 7 billion parameters and more as LLaMA's 7B and 13B, half of it from 30 billion on
-    as its 33B and 65B, and below 7 billion larger by the power 0.3 of the size, which meets what small models here were
-    tuned to (4e-3 at 1 million)."""
+    as its 33B and 65B, and below 7 billion larger by the power 0.28 of the size, which meets what 0.6 million
+    parameters were tuned to here (4e-3; LOG.md)."""
     if n_params >= 30e9:
         return 1.5e-4
-    return 3e-4 * max(1.0, 7e9 / n_params) ** 0.3
+    return 3e-4 * max(1.0, 7e9 / n_params) ** 0.28
 
 
 @dataclass(frozen=True)

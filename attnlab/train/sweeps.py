@@ -63,7 +63,7 @@ def uptraining(parent: Planned, seeds: int = 3) -> list[Planned]:
     steps at the rate its schedule ended with, on text in another order."""
     shape, before = parent.recipe.shape, parent.recipe
     tokens = round(max(ALPHAS) * before.steps) * before.batch * before.context
-    after = replace(before, tokens=tokens, schedule="constant", peak_rate=0.1 * before.peak_rate)
+    after = replace(before, tokens=tokens, schedule="constant", peak_rate=round(0.1 * before.peak_rate, 8))
     runs = []
     for seed in range(check_size("seeds", seeds)):
         order = replace(after, seed=1000 + seed)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from attnlab import report
-from attnlab.model.checkpoint import save_hf
+from attnlab.model.checkpoint import load_hf, save_hf
 from attnlab.model.convert import to_grouped
 from attnlab.model.llama import Llama
 from attnlab.predict.machine import Machine
@@ -212,3 +213,68 @@ def test_generate_refuses_what_does_not_fit(refused: Callable[..., str], talker:
     assert "a model cannot compute in int8" in refused("generate", talker, "the", "--dtype", "int8")
     save_hf(lively(len(WORDS)), tmp_path / "mute")
     assert "no readable tokenizer in" in refused("generate", tmp_path / "mute", "the")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below ``directory``, hidden ones too."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", [None, "first", "random", "aligned"])
+def test_convert_writes_what_to_grouped_makes(
+    command: Command, talker: Path, tmp_path: Path, method: str | None
+) -> None:
+    """The method and the seed reach the conversion, and the result talks: its tokenizer came along."""
+    options = [] if method is None else ["--method", method, "--seed", 5]
+    code, out, err = command("convert", talker, tmp_path / "m", "--kv-heads", 1, *options)
+    said = f"{tmp_path / 'm'}: GQA-3 → MQA ({method or 'mean'}), KV cache per token in bfloat16 240 → 80 bytes\n"
+    assert (code, out, err) == (0, said, "")
+    expected, written = to_grouped(lively(len(WORDS)), 1, method or "mean", 5), load_hf(tmp_path / "m")
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in written.state_dict().items())
+    code, out, _ = command("generate", tmp_path / "m", "the cat sat", "--max-new-tokens", 9)
+    assert (code, out) == (0, " ".join(continued(expected, ["the", "cat", "sat"], 9)) + "\n")
+
+
+def test_convert_refuses_what_it_cannot_do(refused: Callable[..., str], command: Command, tmp_path: Path) -> None:
+    """Each in one line, with nothing written: a model that takes an hour to convert is not replaced by accident."""
+    save_hf(lively(23), tmp_path / "m")
+    save_hf(lively(23, 1), tmp_path / "taken")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    before = contents(tmp_path)
+    new, g = tmp_path / "new", ("--kv-heads", 1)
+    for arguments, message in (
+        ((tmp_path / "m", new, "--kv-heads", 2), "n_kv_heads=2 does not divide the model's 3 KV heads; valid: 1, 3"),
+        ((tmp_path / "m", new, "--kv-heads", 6), "n_kv_heads=6 does not divide"),
+        ((tmp_path / "m", new, "--kv-heads", 0), "n_kv_heads must be between 1"),
+        ((tmp_path / "m", new), "Missing option '--kv-heads'"),
+        ((tmp_path / "m", new, *g, "--method", "alinged"), "unknown method 'alinged'; did you mean aligned?"),
+        ((tmp_path / "m", tmp_path / "taken", *g), "taken exists; give a new directory, or --force"),
+        ((tmp_path / "m", tmp_path / "notes", *g, "--force"), "not empty and not a model directory"),
+        ((tmp_path / "m", tmp_path / "m", *g, "--force"), "onto itself; give another directory"),
+        ((tmp_path / "m", tmp_path / "link", *g, "--force"), "onto itself; give another directory"),
+        ((tmp_path / "m", tmp_path / "m" / "config.json" / "x", *g), "cannot save to"),
+        ((tmp_path / "absent", new, *g), "no directory"),
+        ((tmp_path / "notes", new, *g), "no config.json at"),
+    ):
+        assert message in refused("convert", *arguments)
+        assert contents(tmp_path) == before
+    assert command("convert", tmp_path / "m", tmp_path / "taken", *g, "--force")[0] == 0
+    assert load_hf(tmp_path / "taken").shape == lively(23).shape.with_kv_heads(1)
+
+
+def test_a_full_disk_costs_no_model(refused: Callable[..., str], tmp_path: Path) -> None:
+    """Here no file may grow beyond 4 KiB, which the system enforces as it enforces a full disk."""
+    save_hf(lively(23), tmp_path / "m")
+    save_hf(lively(23, 1), tmp_path / "taken")
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        for out in ("new", "taken"):
+            said = refused("convert", tmp_path / "m", tmp_path / out, "--kv-heads", 1, "--force")
+            assert "cannot save to" in said and "File too large" in said and "what was there is unchanged" in said
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before

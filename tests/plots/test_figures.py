@@ -23,9 +23,8 @@ from matplotlib.transforms import Bbox
 
 from attnlab import plots
 from attnlab.attention import implementations, peers
-from attnlab.effects import effects
 from attnlab.errors import InputError
-from attnlab.plots import FIGURES, draw_all, style
+from attnlab.plots import FIGURES, draw_all, style, training
 from attnlab.plots.rows import contenders, crossing
 from attnlab.predict.memory import decode_peak_bytes, decode_read_bytes, traffic_crossover_tokens
 from attnlab.results import DYNAMIC, OURS, STATIC, load_results
@@ -34,7 +33,6 @@ from attnlab.shapes import ModelShape, variant_name
 ROOT = Path(plots.__file__).parent.parent.parent
 H, D, GROUPS, BATCHES, CONTEXTS = 12, 11, (12, 4, 2, 1), (2, 5), (131, 257, 521)
 FACTORS = {"reference": 3.1, "expanded": 7.3, "sdpa": 1.9, "grouped": 1.3, "cpp": 1.47, "auto": 1.31}
-QUALITY_H, QUALITY_GROUPS, SEEDS = 6, (6, 2, 1), (0, 1, 2)
 IMPLS = (OURS, DYNAMIC, STATIC)
 MODELS = {"short": (3, 48, 96), "long": (7, 96, 288)}  # layers, dim, ffn
 MISTAKES = ("prefill-in-timer", "warm-cache", "float32-label", "expanded-cache", "top-left-mask")
@@ -42,6 +40,7 @@ NEW, OLD, TRAINED = "20270203-000000-speed", "20260203-000000-speed", "20270301-
 ZEN = {"machine": "zen-2c", "device": "cpu", "processor": "Zen", "torch": "2.13.0", "last_level_cache_bytes": 131072}
 HOPPER = {"machine": "hopper", "device": "cuda", "processor": "Hopper GPU", "torch": "2.13.0"}
 MEASURED = [name for name, chart in FIGURES.items() if chart.measured]
+TRAININGS = ("quality", "quality_curves", "scale_vs_variant", "recall", "uptraining", "conversion")
 
 
 def speed_rows(run: str, machine: dict[str, str], slower: float = 1.0) -> Iterator[dict[str, Any]]:
@@ -128,33 +127,11 @@ def mistake_rows(machine: dict[str, str]) -> Iterator[dict[str, Any]]:
         }
 
 
-def quality_rows() -> Iterator[dict[str, Any]]:
-    for number, (g, arm, seed) in enumerate(itertools.product(QUALITY_GROUPS, ("plain", "matched"), SEEDS)):
-        if g < QUALITY_H or arm == "plain":
-            loss = 2.1 + 0.05 * seed + 0.01 * (QUALITY_H - g) + 0.003 * (number * 7 % 5)
-            yield ZEN | {
-                "schema": 1,
-                "run": TRAINED,
-                "key": f"q{number}",
-                "kind": "quality",
-                "status": "ok",
-                "experiment": "first",
-                "corpus": "c",
-                "shape": {"n_heads": QUALITY_H, "n_kv_heads": g},
-                "arm": arm,
-                "seed": seed,
-                "tokens": 7_000_000,
-                "n_params": 530_000,
-                "bits_per_byte": loss,
-                "curve": [[1_000_000, loss + 1.3], [3_000_000, loss + 0.4], [7_000_000, loss + 0.01]],
-            }
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, trained: list[dict[str, Any]]) -> Path:
     """Runs of two machines: an old and a new one of zen-2c, which also trained; one of hopper, without training."""
     rows = [*speed_rows(NEW, ZEN), *model_rows(ZEN), *mistake_rows(ZEN), *speed_rows(OLD, ZEN, slower=1000)]
-    rows += [*quality_rows(), *speed_rows(NEW, HOPPER)]
+    rows += [*trained, *speed_rows(NEW, HOPPER)]
     for row in rows:
         if row["impl" if "impl" in row else "kind"] == "sdpa" and row["context"] == 257 and row["run"] == NEW:
             row |= {"status": "implausible", "median": 1e-9, "q25": 1e-9, "q75": 1e-9, "reason": "too fast"}
@@ -246,7 +223,7 @@ def test_same_rows_same_bytes(folder: Path, drawn: Drawn) -> None:
     """Dates, versions, ids, hash order or a user's matplotlib settings in the files would make every redraw a change.
     Drawn again by another process with other settings; which also finds that figures come without torch."""
     again = ["variants", "decode_batch", "roofline", "quality", "tradeoff"]  # every kind of mark; `make drift` does all
-    again += ["fraction_of_roof", "generation", "five_ways_it_goes_wrong"]
+    again += ["fraction_of_roof", "generation", "five_ways_it_goes_wrong", "conversion", "uptraining"]
     code = f"""
 import sys, matplotlib
 matplotlib.rcParams.update({{"font.size": 31, "axes.facecolor": "black", "svg.fonttype": "none", "lines.linewidth": 9}})
@@ -294,8 +271,8 @@ def test_the_footer_says_what_drew_it(drawn: Drawn, rows: pandas.DataFrame, name
     words = " ".join(text.get_text() for text in drawn.figures[name].texts).replace("\n", " ")
     assert "CPU: Zen (zen-2c)" in words and "GPU" not in words
     assert "float32" in words
-    assert (TRAINED if name == "quality" else NEW) in words and OLD not in words
-    if name not in ("quality", "tradeoff"):
+    assert (TRAINED if name in TRAININGS else NEW) in words and OLD not in words
+    if name not in (*TRAININGS, "tradeoff"):
         assert "bfloat16, float32" in words
     if name == "decode_groups":
         words = " ".join(text.get_text() for text in FIGURES[name].draw(rows, "hopper").texts)
@@ -306,7 +283,7 @@ def test_a_figure_from_shapes_says_so(drawn: Drawn) -> None:
     """A computed curve must not be taken for a measurement."""
     for name in sorted(set(FIGURES) - set(MEASURED)):
         words = " ".join(text.get_text() for text in drawn.figures[name].texts)
-        assert "o measurement" in words and "bfloat16" in words
+        assert "o measurement" in words and ("bfloat16" in words or name == "published_quality")
 
 
 # --- what is not there ----------------------------------------------------------------------------------------------
@@ -325,7 +302,7 @@ def test_absent_rows_are_said_and_not_drawn_empty(rows: pandas.DataFrame, tmp_pa
         "decode_groups is not drawn: there are no rows",
         "quality is not drawn: there are no rows",
         "quality is not drawn: there are no rows",
-        "quality.hopper is not drawn: no quality rows of hopper ended well",
+        "quality.hopper is not drawn: no g-sweep rows of hopper ended well",
         "decode_batch.hopper is not drawn: decode rows of hopper have one batch B (sequences) only, a curve needs two",
         "tradeoff.zen-2c is not drawn: no decode rows of zen-2c ended well",
     ]
@@ -652,7 +629,7 @@ def test_a_crossing_lies_between_its_points() -> None:
     assert numpy.isnan(crossing([2, 8], [3, 48], 1.9)) and numpy.isnan(crossing([2, 8], [3, 48], 9))
 
 
-def test_inks_of_implementations_are_apart_for_colour_blind_eyes() -> None:
+def test_inks_of_implementations_and_methods_are_apart_for_colour_blind_eyes() -> None:
     """Two of a dozen lines in one grey, to one man in twelve. (Viénot's simulation, distances in CIELAB.)"""
     dichromats = {
         "nobody": numpy.eye(3),
@@ -670,14 +647,16 @@ def test_inks_of_implementations_are_apart_for_colour_blind_eyes() -> None:
         return numpy.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
     assert set(style.IMPLEMENTATIONS) == {*implementations(), *peers()}
-    inks = {name: colour for name, (colour, _) in style.IMPLEMENTATIONS.items() if name != "triton"}  # cpp's twin
+    arms = {name: colour for name, (colour, _) in style.IMPLEMENTATIONS.items() if name != "triton"}  # cpp's twin
+    methods = {name: colour for name, (colour, _) in training._METHODS.items()} | {"MHA": style.variant_colour("MHA")}
     paper = to_xyz[1] @ linear(style.PAPER) + 0.05
-    for name, colour in inks.items():
-        assert paper / (to_xyz[1] @ linear(colour) + 0.05) > 2.2, name
-    for eyes, matrix in dichromats.items():
-        seen = {name: lab(numpy.clip(matrix @ linear(colour), 0, 1)) for name, colour in inks.items()}
-        for one, other in itertools.combinations(inks, 2):
-            assert numpy.linalg.norm(seen[one] - seen[other]) > 10, (eyes, one, other)
+    for inks in (arms, methods):
+        for name, colour in inks.items():
+            assert paper / (to_xyz[1] @ linear(colour) + 0.05) > 2.2, name
+        for eyes, matrix in dichromats.items():
+            seen = {name: lab(numpy.clip(matrix @ linear(colour), 0, 1)) for name, colour in inks.items()}
+            for one, other in itertools.combinations(inks, 2):
+                assert numpy.linalg.norm(seen[one] - seen[other]) > 10, (eyes, one, other)
 
 
 def test_roofline_marks_each_variants_fastest(drawn: Drawn, rows: pandas.DataFrame) -> None:
@@ -710,29 +689,6 @@ def test_prediction_counts_every_point_of_auto(drawn: Drawn, rows: pandas.DataFr
         assert said in axes.get_title(loc="left")
 
 
-def test_quality_shows_intervals_seeds_and_what_was_missed(drawn: Drawn, rows: pandas.DataFrame) -> None:
-    """A mean without its interval, or the matched arm in place of the plain one, is a claim nobody can check."""
-    left, right = drawn.figures["quality"].axes
-    found = effects(rows[rows["kind"] == "quality"])
-    assert [(effect.variant, effect.arm) for effect in found] == list(
-        itertools.product(("GQA-2", "MQA"), ("plain", "matched"))
-    )
-    dots = [line for line in left.get_lines() if line.get_label() == "seeds"]
-    missed = [bar for bars in left.containers if bars.get_label() == "missed" for bar in bars]
-    for effect, seeds, bar in zip(found, dots, missed, strict=True):
-        bars = next(bars for bars in left.containers if bars.get_label() == f"{effect.variant}, {effect.arm}")
-        ((low, _), (high, _)) = bars.lines[2][0].get_segments()[0]
-        assert (low, high) == pytest.approx((effect.mean - effect.half_width, effect.mean + effect.half_width))
-        assert list(seeds.get_xdata()) == pytest.approx(effect.differences)
-        assert (bar.get_x(), bar.get_width()) == pytest.approx((-effect.smallest, 2 * effect.smallest))
-        assert f"{effect.arm}: {effect.verdict}" in [text.get_text() for text in left.texts]
-        assert bars.lines[0].get_markerfacecolor() == (
-            style.PAPER if effect.arm == "matched" else bars.lines[0].get_color()
-        )
-    curves = lines(right)
-    assert len(curves) == 15 and curves["MQA, matched, seed 2"][0] == [1, 3, 7]
-
-
 def test_tradeoff_shares_r_and_not_g(drawn: Drawn, rows: pandas.DataFrame) -> None:
     """GQA-4 of 12 heads shares 3 to 1, GQA-2 of 6 heads too: lined up by G, time and loss of different things meet."""
     cache, time, loss = drawn.figures["tradeoff"].axes
@@ -763,7 +719,7 @@ def test_tradeoff_of_a_machine_that_did_not_train_names_the_one_that_did(rows: p
 def test_a_variant_has_one_colour_everywhere(drawn: Drawn) -> None:
     """A reader who learned a colour in one figure reads the next by it."""
     colours: dict[str, set[str]] = {}
-    for name in ("kv_memory", "capacity", "decode_context", "decode_batch", "roofline", "quality"):
+    for name in ("kv_memory", "capacity", "decode_context", "decode_batch", "roofline", "quality", "recall"):
         for axes in drawn.figures[name].axes:
             for line in axes.get_lines():
                 label = str(line.get_label()).split(",")[0]

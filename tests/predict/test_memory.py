@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from attnlab.errors import InputError
 from attnlab.measure.memory import measure_peak
 from attnlab.predict import memory
 from attnlab.shapes import ELEMENT_BYTES
+from attnlab.train import loss
 
 # H = 12 has divisors between 1 and H; every other size is a different prime, so that no two can be swapped unnoticed.
 TINY = ModelShape(n_layers=3, dim=23, n_heads=12, n_kv_heads=4, head_dim=10, ffn_dim=47, vocab_size=101)
@@ -184,6 +186,11 @@ def test_activations_are_the_peak_of_a_real_model(
     assert row["terms"]["activations"] == by_hand
 
 
+def test_the_loss_holds_as_many_scores_as_are_counted() -> None:
+    """The one number of the loss that the count repeats, since what predicts imports no torch."""
+    assert memory.LOSS_SCORES == loss.SCORES
+
+
 def test_peak_terms_are_named_and_add_up() -> None:
     """Activations in the cache's dtype, or a term left out of the total, would pass every test of the terms alone."""
     peak = memory.decode_peak_bytes(TINY, 5, 7, "float32", "int8")
@@ -198,6 +205,51 @@ def test_peak_terms_are_named_and_add_up() -> None:
     assert prefill.activations == 7 * (peak.activations - once) + 7 * once
     assert (prefill.weights, prefill.kv_cache) == (peak.weights, peak.kv_cache)
     assert memory.decode_peak_bytes(TINY, 5, 7, "float16").kv_cache == memory.kv_cache_bytes(TINY, 5, 7, "float16")
+
+
+@pytest.mark.parametrize("extras", [{}, {"qk_norm": True}, {"n_kv_heads": 1}, {"n_kv_heads": 12}], ids=str)
+def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_saved(extras: dict[str, Any]) -> None:
+    """Rules of thumb (34 per element of the stream) count other layers than these: here autograd itself is asked, each
+    storage once, and two more layers add exactly what it saved of two."""
+    batch, context = 5, 67
+
+    def saved(n_layers: int) -> int:
+        model, kept = Llama(replace(TINY, n_layers=n_layers, **extras), "sdpa"), []
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            model.hidden(torch.zeros(batch, context, dtype=torch.int64))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(size for address, size in storages.items() if address not in own)
+
+    def predicted(n_layers: int) -> int:
+        shape = replace(TINY, n_layers=n_layers, **extras)
+        return memory.training_peak_bytes(shape, batch, context).activations
+
+    assert predicted(5) - predicted(3) == saved(5) - saved(3)
+
+
+def test_a_peak_of_training_by_hand() -> None:
+    """The case to read: one token, and weights that dwarf it. The weights are held four times over, average and moments
+    included, and when the average moves, beside every gradient, two copies of its largest matrix are."""
+    shape = ModelShape(n_layers=2, dim=3, n_heads=2, n_kv_heads=1, head_dim=2, ffn_dim=5, vocab_size=701)
+    params = 2 * 701 * 3 + 2 * (3 * 4 + 2 * 3 * 2 + 4 * 3 + 3 * 3 * 5 + 2 * 3) + 3
+    peak = memory.training_peak_bytes(shape, 1, 1)
+    held = {"weights": 4 * params, "average": 4 * params, "optimizer": 8 * params, "gradients": 4 * params}
+    assert peak.terms() == {**held, "activations": 4 * (2 * 701 * 3 + 3 + 2 * 2)}
+    assert peak.total == sum(peak.terms().values())
+
+
+def test_recomputing_keeps_one_block_and_the_inputs_of_the_others() -> None:
+    """Checkpointing is said to cost the root of the layers; per block it is one input a layer, and one block: of 24
+    layers 23 blocks go and 23 inputs come."""
+    shape, batch, context = replace(TINY, n_layers=24), 7000, 997
+    plain, again = (memory.training_peak_bytes(shape, batch, context, recompute) for recompute in (False, True))
+    block = 6 * 23 + 2 + 3 * 120 + 3 * 40 + 12 + 4 * 47
+    # the last norm's backward pass, a narrow FFN's being smaller; the hidden states behind it, cosine and sine
+    norm, once = 6 * 23, batch * context * 23 + 2 * 10 * context
+    assert plain.activations == 4 * (batch * context * (24 * block + norm) + once)
+    assert again.activations == 4 * (batch * context * (23 * 23 + block + 23 + 2 * 47) + once)
+    assert plain.weights == again.weights and again.gradients == plain.gradients + 4 * (23 + 47 * 23)
 
 
 def _random_case(seed: int) -> tuple[ModelShape, tuple[str, str | None, int]]:
@@ -262,6 +314,8 @@ def test_sizes_that_are_not_sizes_are_refused(bad: object) -> None:
         lambda: memory.decode_read_bytes(TINY, 5, bad),  # type: ignore[arg-type]
         lambda: memory.decode_peak_bytes(TINY, bad, 5),  # type: ignore[arg-type]
         lambda: memory.prefill_peak_bytes(TINY, 5, bad),  # type: ignore[arg-type]
+        lambda: memory.training_peak_bytes(TINY, bad, 5),  # type: ignore[arg-type]
+        lambda: memory.training_peak_bytes(TINY, 5, bad),  # type: ignore[arg-type]
         lambda: memory.max_batch(TINY, 10**6, bad),  # type: ignore[arg-type]
         lambda: memory.max_context(TINY, 10**6, bad),  # type: ignore[arg-type]
         lambda: memory.weight_bytes(TINY, tensor_parallel=bad),  # type: ignore[arg-type]
