@@ -1,5 +1,6 @@
 """Commands that train: sweeps of variants, one converted model, a tokenizer."""
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,42 +22,54 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 CORPORA = Path("runs/corpora")
 Names = Annotated[str, typer.Option("--experiments", help="Names with commas between, or all.")]
+Size = Annotated[str, typer.Option(help="Of the g-sweep: quick (a toy, a minute in all), 0.3m … 1.7m, 34m for a card.")]
+Seeds = Annotated[int, typer.Option(help="Of each arm of the g-sweep.")]
+Tokens = Annotated[int, typer.Option(help="Training tokens of each run of the g-sweep.")]
 Text = Annotated[str, typer.Option(help="stdlib, or a folder, file, glob or saved Hugging Face data set.")]
 TokenizerFile = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="A tokenizer.model, or its directory.")]
 
 
 @quality_app.command("plan")
-def quality_plan(experiments: Names = "all", quick: bool = False, text: Text = "stdlib", runs: Runs = RUNS) -> None:
+def quality_plan(
+    experiments: Names = "all",
+    size: Size = "0.6m",
+    seeds: Seeds = 5,
+    tokens: Tokens = 3_000_000,
+    text: Text = "stdlib",
+    runs: Runs = RUNS,
+    device: Device = "cpu",
+) -> None:
     """Runs, tokens and predicted hours of every experiment, and what is done of it; nothing is started."""
-    from attnlab.measure.roofs import matmul_rate
-    from attnlab.trained import plan_table
-
-    planned = _declared(experiments, quick, text)
-    show(plan_table(planned, _folder(runs, quick, False, "cpu"), matmul_rate("float32", "cpu")))
+    planned = _declared(experiments, text, size, seeds, tokens, device)
+    _show_plan(planned, _folder(runs, size, False, device), device)
 
 
 @quality_app.command("run")
 def quality_run(
     experiments: Names = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="A toy model: the machinery in a minute.")] = False,
+    size: Size = "0.6m",
+    seeds: Seeds = 5,
+    tokens: Tokens = 3_000_000,
     text: Text = "stdlib",
     runs: Runs = RUNS,
     fresh: Fresh = False,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Stop once they are over; the same command goes on.")
+    ] = math.inf,
     device: Device = "cpu",
     tensorboard: Annotated[Path | None, typer.Option(help="Write losses there too, for TensorBoard.")] = None,
 ) -> None:
     """Train what the experiments declare, side by side, one process per core; killed, it goes on where it was."""
-    from attnlab.measure.roofs import matmul_rate
     from attnlab.progress import progress
     from attnlab.results import load_results
     from attnlab.train.quality import run_sweep
-    from attnlab.trained import plan_table, quality_tables
+    from attnlab.trained import quality_tables
 
-    planned, folder = _declared(experiments, quick, text), _folder(runs, quick, fresh, device)
-    show(plan_table(planned, folder, matmul_rate("bfloat16" if device == "cuda" else "float32", device)))
+    planned, folder = _declared(experiments, text, size, seeds, tokens, device), _folder(runs, size, fresh, device)
+    _show_plan(planned, folder, device)
     print(f"rows go to {folder}", file=sys.stderr)
     write = _tensorboard(tensorboard)
-    with progress() as advance:
+    with progress(minutes) as advance:
 
         def report(label: str, step: int, steps: int, loss: float, state: str) -> None:
             write(label, loss, step)
@@ -101,6 +114,7 @@ def uptrain(
     """Train a model on, as a converted one needs; killed, it goes on where it was."""
     from attnlab.model.checkpoint import load_hf, save_hf
     from attnlab.progress import progress
+    from attnlab.results import row_key
     from attnlab.train.corpus import prepare
     from attnlab.train.loop import forget, train
     from attnlab.train.recipe import Recipe
@@ -108,14 +122,15 @@ def uptrain(
 
     if out.exists():
         raise InputError(f"{out} exists; give a new directory")
-    model = load_hf(directory, "float32", device)
     words = Tokenizer.load(directory)
+    model = load_hf(directory, "float32", device)
     if words.vocab_size > model.shape.vocab_size:
         raise InputError(f"{directory}: {words.vocab_size:,} tokens, but the model has {model.shape.vocab_size:,}")
     corpus = prepare(text, words.vocab_size, CORPORA, words)
     again, autocast = recompute, device == "cuda"
     recipe = Recipe(model.shape, seed, tokens, batch, context, rate, "constant", recompute=again, autocast=autocast)
-    checkpoint = out.with_name(f".{out.name}.training.pt")
+    start = row_key({"model": str(directory.resolve()), "corpus": corpus.digest})  # what the recipe does not say
+    checkpoint = out.with_name(f".{out.name}.{start}.pt")
     with progress() as advance:
         result = train(
             recipe,
@@ -175,22 +190,33 @@ def tokenizer_decode(tokenizer: TokenizerFile) -> None:
     sys.stdout.buffer.write(words.decode(tokens).encode())
 
 
-def _declared(experiments: str, quick: bool, text: str) -> Any:
+def _declared(experiments: str, text: str, size: str, seeds: int, tokens: int, device: str) -> Any:
+    from attnlab.errors import check_choice
     from attnlab.train.corpus import prepare
-    from attnlab.train.sweeps import EXPERIMENTS, VOCABULARY, declared
-    from attnlab.train.sweeps import quick as toy
+    from attnlab.train.sweeps import EXPERIMENTS, SIZES, declared, quick
 
-    corpus = prepare(text, VOCABULARY, CORPORA)
-    if quick:
-        return toy(corpus)
-    return declared(list(EXPERIMENTS) if experiments == "all" else experiments.split(","), corpus)
+    names = list(EXPERIMENTS) if experiments == "all" else experiments.split(",")
+    for name in names:  # before a corpus is built, which takes minutes
+        check_choice("experiment", name, EXPERIMENTS)
+    corpus = prepare(text, SIZES[check_choice("size", size, SIZES)].vocab_size, CORPORA)
+    if size == "quick":
+        return quick(corpus)
+    return declared(names, corpus, size, seeds, tokens, autocast=device == "cuda")
 
 
-def _folder(runs: Path, quick: bool, fresh: bool, device: str) -> Path:
+def _folder(runs: Path, size: str, fresh: bool, device: str) -> Path:
     from attnlab import host
     from attnlab.results import run_folder
 
-    return run_folder(runs, host.describe(device)["machine"], fresh=fresh, suffix="-quick" if quick else "-quality")
+    suffix = "-quick" if size == "quick" else "-quality"
+    return run_folder(runs, host.describe(device)["machine"], fresh=fresh, suffix=suffix)
+
+
+def _show_plan(planned: Any, folder: Path, device: str) -> None:
+    from attnlab.measure.roofs import matmul_rate
+    from attnlab.trained import plan_table
+
+    show(plan_table(planned, folder, matmul_rate("bfloat16" if device == "cuda" else "float32", device)))
 
 
 def _tensorboard(folder: Path | None) -> Any:

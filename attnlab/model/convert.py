@@ -23,12 +23,11 @@ from torch import Tensor
 
 from attnlab.errors import InputError, check_choice, check_size, divisors
 from attnlab.model.checkpoint import hf_name, opened, replaceable, replacing, write_model
-from attnlab.model.llama import Llama
+from attnlab.model.llama import Llama, initial_deviation
 from attnlab.shapes import ModelShape
 
 METHODS = ("mean", "first", "random", "aligned")
-_INITIAL_DEVIATION = 0.02
-_ROUNDS = 10
+_ROUNDS = 5
 _PROJECTION = re.compile(r"(layers\.\d+\.)self_attn\.([qkvo]_proj\.(?:weight|bias))")
 _OTHER_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -136,7 +135,7 @@ def _converter(
             return first
         # A seed of its own for each name: the same draw, whatever the order
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        deviation = 0.0 if tensor.ndim == 1 else _INITIAL_DEVIATION
+        deviation = 0.0 if tensor.ndim == 1 else initial_deviation(shape.dim)
         return (torch.randn(first.shape, generator=generator) * deviation).to(first)
 
     return converted
@@ -176,30 +175,27 @@ def _aligned(layer: dict[str, Tensor], shape: ModelShape, n_kv_heads: int, seen:
 def _consensus(heads: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """heads [..., R, n, I] -> one head [..., n, I], and what makes each of it, [..., R, n, n]: unitary times a number.
 
-    Generalised Procrustes (Gower 1975): every head, at norm 1, is turned onto the sum of all, by the unitary part of
-    their product, some rounds over; head 0 is not turned. The sum gets the norm of the heads (root mean square), each
-    turn the ratio of its head's norm to it: so norms stay, and heads that differ by a unitary map and a number are lost
-    without loss. Inputs count as ``seen`` says: [I], their scales, or [N, I], examples of them.
+    Generalised Procrustes (Gower 1975): every head is turned onto the sum of all, by the unitary part of their product,
+    some rounds over; head 0 is not turned. The sum gets the norm of the heads (root mean square), each turn the ratio
+    of its head's norm to it: norms stay, and of heads that differ by a unitary map and a number nothing is lost.
+    Inputs count as ``seen`` says: [I], their scales, or [N, I], examples of them.
     """
     R, n = heads.shape[-3:-1]
     rows = (heads * seen if seen.ndim == 1 else heads @ seen.T.to(heads)).flatten(-3, -2)
     gram = rows @ rows.mH  # all that the rounds need, [..., R·n, R·n]
     gram = gram.to(torch.promote_types(gram.dtype, torch.float64))
     tiny = torch.finfo(torch.float32).tiny  # a head of zeros stays one
-    norms = gram.diagonal(dim1=-2, dim2=-1).real.unflatten(-1, (R, n)).sum(-1).sqrt().clamp_min(tiny)
-    each = norms.repeat_interleave(n, -1)
-    gram /= each[..., None]
-    gram /= each[..., None, :]
+    norms = gram.diagonal(dim1=-2, dim2=-1).real.unflatten(-1, (R, n)).sum(-1).sqrt()
+    norm = norms.square().mean(-1, keepdim=True).sqrt()
     onto = gram[..., :n]  # at first onto head 0
     for _ in range(_ROUNDS):
         u, _, vh = torch.linalg.svd(onto.unflatten(-2, (R, n)))
         turns = u @ vh
         turns = turns @ turns[..., :1, :, :].mH
         onto = gram @ turns.flatten(-3, -2)
-    length = (turns.flatten(-3, -2).conj() * onto).sum((-2, -1)).real.clamp_min(tiny).sqrt()  # of the sum
-    norm = norms.square().mean(-1).sqrt()
-    weights = turns.mH * (norm / length)[..., None, None, None] / norms[..., None, None]
-    return (weights.to(heads) @ heads).sum(-3), (turns * (norms / norm[..., None])[..., None, None]).to(heads)
+    length = (turns.flatten(-3, -2).conj() * onto).sum((-2, -1), keepdim=True).real.clamp_min(0).sqrt()  # of the sum
+    common = (turns.mH.to(heads) @ heads).sum(-3) * (norm[..., None] / length.clamp_min(tiny)).to(heads)
+    return common, (turns * (norms / norm.clamp_min(tiny))[..., None, None]).to(heads)
 
 
 def _inputs(model: Llama, tokens: Tensor | None) -> dict[str, Tensor]:

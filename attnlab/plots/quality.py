@@ -64,7 +64,7 @@ def quality(rows: pandas.DataFrame, machine: str) -> Figure:
     figure, axes = style.canvas(
         "What sharing KV heads costs in quality, and what these runs can show",
         f"{mha['n_params'].iloc[0] / 1e6:.2g} M parameters as MHA (H = {heads}), "
-        f"{done['tokens'].iloc[0] / 1e6:g} M tokens, {seeds(done, [GROUPS, 'arm'])}; MHA reaches "
+        f"{done['tokens'].iloc[0] / 1e6:.3g} M tokens, {seeds(done, [GROUPS, 'arm'])}; MHA reaches "
         f"{mha['bits_per_byte'].mean():.4f} bits per byte. Filled: plain, only G differs; hollow: matched, the FFN "
         f"widened to MHA's parameter count. Bars: 95 % intervals, paired by seed; dots: single seeds. Grey: true "
         f"differences this small would likely be missed. Verdicts answer for all arms together."
@@ -75,7 +75,7 @@ def quality(rows: pandas.DataFrame, machine: str) -> Figure:
     for effect in found:
         y = _OFFSETS[effect.arm] - variants.index(effect.variant)
         _interval(axes, effect, y)
-        text = f"{effect.arm}  {effect.mean:+.4f} ± {effect.half_width:.4f}\n{effect.verdict}"
+        text = f"{effect.arm}  {effect.mean:+.4f} ± {effect.half_width:.4f}\n{effect.verdict}".replace("-", "−")
         axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), size=8, va="center", linespacing=1.3)
     _zero(axes, found)
     axes.set_yticks([-index for index in range(len(variants))], variants, weight="bold")

@@ -114,7 +114,7 @@ def recall(rows: pandas.DataFrame, machine: str) -> Figure:
         "Recall: how many pairs a model with fewer KV heads can look up",
         f"Values recalled right after reading key-value pairs, over the number of pairs (below it the tokens of a "
         f"sequence). {seeds(done, point)} at the best of the learning rates tried; dots: seeds, lines: means. "
-        f"{done['shape.n_layers'].iloc[0]:g} layers. Harder: several relations a token, smaller heads.",
+        f"{done['shape.n_layers'].iloc[0]:g} layers. Harder: any of several keys may be asked for a value.",
         source(done),
         4.3,
         ncols=len(forms),
@@ -131,7 +131,7 @@ def recall(rows: pandas.DataFrame, machine: str) -> Figure:
             ends.append(_means(axes, runs, "place", "percent", variant, style.variant_look(variant)))
         axes.set_xticks(range(len(sizes)), [f"{pairs:g}\n{context:g}" for pairs, context in sizes])
         axes.set(ylim=(-4, 104), xlabel="pairs, and tokens of the sequence")
-        plain = "plain: 1 relation" if relations == 1 else f"harder: {relations:g} relations"
+        plain = "plain: 1 key a value" if relations == 1 else f"harder: {relations:g} keys a value"
         axes.set_title(f"{plain}, D = {head_dim:g}")
         style.label_ends(axes, ends)
     panels[0, 0].set_ylabel("recalled right (%)")

@@ -172,9 +172,9 @@ def training_peak_bytes(shape: ModelShape, batch: int, context: int, recompute: 
 
     The peak is one of a few moments, below, with the gradients that there are by then: those of one step are freed
     before the next. Counted is what runs on a CPU, not compiled, with ``impl="sdpa"``, whose flash backend keeps no
-    scores. ("grouped" keeps G·D less per token and layer; H·D more of a single sequence, or with norms on q and k, then
-    G·D more as well.) Left out are scratch inside the attention kernels and, where batches accumulate, the rest of the
-    gradients. On CUDA the norm is one kernel that keeps d less; bfloat16 autocast keeps half of most.
+    scores. ("grouped" with 1 < G and 1 < B keeps G·D less per token and layer; with norms on q and k (H + G)·D more.)
+    Left out are scratch inside the attention kernels and, where batches accumulate, the rest of the gradients. On CUDA
+    the norm is one kernel that keeps d less; bfloat16 autocast keeps half of most.
     """
     n = check_size("batch", batch) * check_size("context", context)
     d, ffn, vocab, L = shape.dim, shape.ffn_dim, shape.vocab_size, shape.n_layers

@@ -34,6 +34,7 @@ from attnlab.train.tokenizer import Tokenizer
 STANDARD_LIBRARY = "stdlib"
 VALIDATION_SHARE = 1 / 25
 SPLIT_RULE = "1: by sha256 of the path, 1 in 25; files that share half of their lines stay together"
+VOCABULARY_TEXT = 2**25  # characters; more change a vocabulary little and take SentencePiece many minutes
 SAMPLE_TOKENS = 32_768  # what a point of a curve is measured on
 
 
@@ -57,8 +58,8 @@ class Corpus:
 
     def batch(self, seed: int, step: int, batch: int, context: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one step, [batch, context] int64 each. A function of its arguments alone: windows in an
-        order drawn from ``seed``, every one once before any comes again, so that arms of one seed see the same text in
-        the same order and a resumed run goes on exactly where it stopped."""
+        order drawn from ``seed``, none twice in a pass (which leaves out the few that fill no batch), so that arms of
+        one seed see the same text in the same order and a resumed run goes on exactly where it stopped."""
         windows = (len(self.train) - 1) // context
         if batch > windows:
             raise InputError(
@@ -82,7 +83,8 @@ class Corpus:
         text_bytes = int(self.header["validation_bytes"])
         spans = [(0, min(7, context - 1))] + [(at, min(2 * at, context) - 1) for at in _doublings(8, context)]
         share = text_bytes / counts.sum().item()
-        by = [[a, b, bits[a : b + 1].sum().item() / (counts[a : b + 1].sum().item() * share)] for a, b in spans]
+        sums = [(a, b, bits[a : b + 1].sum().item(), counts[a : b + 1].sum().item() * share) for a, b in spans]
+        by = [[a, b, cost / stood_for] for a, b, cost, stood_for in sums if stood_for]  # a short text ends before some
         return {"bits_per_byte": bits.sum().item() / text_bytes, "positions": by}
 
     def facts(self) -> dict[str, Any]:
@@ -135,7 +137,8 @@ def load(path: Path) -> Corpus:
 
 def read_documents(source: str) -> Iterable[tuple[str, str]]:
     """(name, text) of every document, by name. Files that are no UTF-8 text are left out and counted in a warning."""
-    if source != STANDARD_LIBRARY and (Path(source) / "dataset_info.json").exists():
+    signs = ("dataset_info.json", "dataset_dict.json")
+    if source != STANDARD_LIBRARY and any((Path(source) / sign).exists() for sign in signs):
         yield from _data_set(source)
         return
     root = Path(sysconfig.get_paths()["stdlib"] if source == STANDARD_LIBRARY else source)
@@ -176,13 +179,19 @@ def _data_set(source: str) -> Iterable[tuple[str, str]]:
         from datasets import load_from_disk
     except ImportError:
         raise InputError("reading a Hugging Face data set needs: pip install 'attnlab[datasets]'") from None
-    stored = load_from_disk(source)
+    try:
+        stored = load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the data set {source}: {error}") from None
     if isinstance(stored, dict):
+        if "train" not in stored:
+            raise InputError(f"{source} has no part 'train', only {', '.join(stored)}")
         stored = stored["train"]
     if "text" not in stored.column_names:
         raise InputError(f"{source} has no column 'text', only {', '.join(stored.column_names)}")
     for index, text in enumerate(stored["text"]):
-        yield f"{index:09d}", text
+        if text:
+            yield f"{index:09d}", text
 
 
 def _build(
@@ -197,10 +206,12 @@ def _build(
         raise InputError(
             f"{len(documents)} documents are too few to keep some for validation; give more, or smaller ones"
         )
-    tokenizer = tokenizer or Tokenizer.train(sides[0], vocab_size)
+    if tokenizer is None:  # learned from as much text as it takes, spread over all
+        every = -(-sum(map(len, sides[0])) // VOCABULARY_TEXT)
+        tokenizer = Tokenizer.train(sides[0][::every], vocab_size)
     dtype = torch.int16 if tokenizer.vocab_size <= 2**15 else torch.int32
     tensors = {
-        side: torch.tensor([token for text in texts for token in (*tokenizer.encode(text), tokenizer.end)], dtype=dtype)
+        side: torch.cat([torch.tensor([*tokenizer.encode(text), tokenizer.end], dtype=dtype) for text in texts])
         for side, texts in zip(("train", "validation"), sides, strict=True)
     }
     tensors["tokenizer"] = torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8)
@@ -228,8 +239,9 @@ def _build(
 
 
 def near_duplicates(documents: dict[str, str]) -> dict[str, str]:
-    """Name of each document -> name of the first one whose lines it mostly shares (its own where none is): at least
-    half of the distinct lines of the shorter one, lines that are everywhere (in more than 20 documents) not counted."""
+    """Name of each document -> name of the first one whose lines it mostly shares (its own where none is): all of them,
+    or at least half of the distinct lines of the shorter one, lines that are everywhere (in more than 20 documents) not
+    counted."""
     lines = {
         name: {line.strip() for line in text.split("\n") if len(line.strip()) > 3} for name, text in documents.items()
     }
@@ -244,7 +256,8 @@ def near_duplicates(documents: dict[str, str]) -> dict[str, str]:
         for index, one in enumerate(names):
             for other in names[index + 1 :]:
                 shared[one, other] += 1
-    leader = {name: name for name in documents}
+    first_with: dict[str, str] = {}
+    leader = {name: first_with.setdefault(documents[name], name) for name in sorted(documents)}
     for (one, other), count in sorted(shared.items()):
         if 2 * count >= min(size[one], size[other]):
             first, second = _top(leader, one), _top(leader, other)

@@ -1,7 +1,9 @@
 """Train one model, deterministically, killed and resumed at will."""
 
+import contextlib
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from attnlab.attention import picked
 from attnlab.errors import InputError
-from attnlab.model.llama import Llama
+from attnlab.model.llama import Llama, initial_deviation
 from attnlab.shapes import ModelShape
 from attnlab.train.loss import linear_cross_entropy
 from attnlab.train.recipe import AVERAGED_SHARE, CLIP, Recipe
@@ -55,9 +57,11 @@ def initial(shape: ModelShape, seed: int) -> Llama:
                 seed * 1_000_003 + int.from_bytes(name.encode(), "big") % 1_000_003
             )
             inner = name.endswith("down_proj.weight")  # the FFN's width is its columns
-            drawn = torch.randn(parameter.T.shape if inner else parameter.shape, generator=generator)
+            size = parameter.numel()  # torch draws by 16: of fewer, the last would be others than those of a wider one
+            drawn = torch.randn(-(-size // 16) * 16, generator=generator)[:size]
+            drawn = drawn.view(parameter.T.shape if inner else parameter.shape)
             into_stream = inner or name.endswith("o_proj.weight")
-            drawn *= 0.02 * (2 * shape.n_layers) ** -0.5 if into_stream else 0.02
+            drawn *= initial_deviation(shape.dim) * ((2 * shape.n_layers) ** -0.5 if into_stream else 1)
             parameter.data.copy_(drawn.T if inner else drawn)
     return model
 
@@ -80,23 +84,22 @@ def train(
 
     ``model`` is trained in place if given, else a new one. With a ``checkpoint`` path the state is saved there every
     half minute, atomically, the one before kept; a run that finds one goes on from it to the same numbers, bit for bit
-    (same machine, same thread count). ``keep``: where the last weights are left. ``on_step(step, loss)`` reports.
-    Raises ``InputError`` on a checkpoint of another recipe, or one that cannot be written.
+    (same machine, same thread count); one that cannot be read is as if not there. ``keep``: where the last weights are
+    left. ``on_step(step, loss)`` reports. Raises ``InputError`` on a checkpoint of another recipe or other data, or one
+    that cannot be written.
     """
     model = (initial(recipe.shape, recipe.seed) if model is None else model).to(device).train()
-    model.recompute = recipe.recompute
-    model.impl = _implementation(recipe, model)
+    hidden = compiled(recipe, model)
     averaged = AveragedModel(model)
     mean_model = averaged.module
     assert isinstance(mean_model, Llama)  # a copy of the model, whatever its declared type
     optimizer = recipe.optimizer(model)
     state: dict[str, Any] = {"step": 0, "curve": [], "marks": [], "seconds": 0.0}
-    if checkpoint is not None and (found := _load(checkpoint, recipe)):
+    if checkpoint is not None and (found := _load(checkpoint, recipe, task.digest)):
         model.load_state_dict(found.pop("model"))
         averaged.load_state_dict(found.pop("averaged"))
         optimizer.load_state_dict(found.pop("optimizer"))
         state = found
-    hidden = torch.compile(model.hidden, dynamic=False) if recipe.compiled else model.hidden
     curve_at = {round(recipe.steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
     average_from = round((1 - AVERAGED_SHARE) * recipe.steps)
     losses: list[Tensor] = []
@@ -115,16 +118,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         inputs, targets = (part.to(device, non_blocking=True) for part in _batch(recipe, task, step, device))
-        optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
-        for part, expected in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=recipe.autocast):
-                states = hidden(part).flatten(0, 1)
-            own = linear_cross_entropy(states, _head(model), expected.flatten()) / recipe.accumulate
-            own.backward()
-            loss += own.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        loss = optimise(recipe, model, hidden, optimizer, inputs, targets)
         if step >= average_from:
             averaged.update_parameters(model)
         losses.append(loss)
@@ -146,7 +140,10 @@ def train(
                 state["marks"].append([done, next(iter(measure(model, True).values()))])
             if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 state["seconds"] += time.monotonic() - began
-                _save(checkpoint, recipe, model, averaged, optimizer, state)
+                parts: dict[str, Any] = {"model": model, "averaged": averaged, "optimizer": optimizer}
+                weights = {part: owner.state_dict() for part, owner in parts.items()}
+                said = {**state, "recipe": asdict(recipe), "data": task.digest}
+                _write(checkpoint, weights | said, _previous(checkpoint))
                 began = saved = time.monotonic()
     last, mean = measure(model, True), measure(mean_model, True)
     name = next(iter(last))
@@ -160,8 +157,38 @@ def train(
     return {"status": "ok", **found, **({"marks": state["marks"]} if marks else {})}
 
 
+def optimise(
+    recipe: Recipe,
+    model: Llama,
+    hidden: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """One step of ``optimizer`` on inputs and targets [batch, context]; return the loss, which waits for no device.
+    ``hidden`` is the model's own, or what torch.compile made of it."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=inputs.device)
+    for part, expected in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=recipe.autocast):
+            states = hidden(part).flatten(0, 1)
+        own = linear_cross_entropy(states, _head(model), expected.flatten()) / recipe.accumulate
+        own.backward()
+        loss += own.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    return loss
+
+
+def compiled(recipe: Recipe, model: Llama) -> Callable[[Tensor], Tensor]:
+    """``model.hidden`` as ``recipe`` wants it, the implementation of attention asked for once: a compiled model cannot
+    ask at every call."""
+    model.recompute, model.impl = recipe.recompute, _implementation(recipe, model)
+    return torch.compile(model.hidden, dynamic=False) if recipe.compiled else model.hidden
+
+
 def _implementation(recipe: Recipe, model: Llama) -> str:
-    """What ``auto`` picks for a window, asked once: a compiled model cannot ask at every call."""
+    """What ``auto`` picks for a window."""
     shape, weight = recipe.shape, model.embed_tokens.weight
     dtype = torch.bfloat16 if recipe.autocast else weight.dtype
     with torch.device("meta"):
@@ -186,32 +213,32 @@ def _diverged(reason: str, state: dict[str, Any]) -> dict[str, Any]:
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def _save(path: Path, recipe: Recipe, model: Llama, averaged: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    whole = {name: part.state_dict() for name, part in parts.items()}
-    if path.exists():
-        os.replace(path, _previous(path))
-    _write(path, whole | state | {"recipe": asdict(recipe)})
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """``path`` holds ``content`` or what it held before, which then goes to ``previous``, killed at any moment."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as its own error
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot save {path}: {error}; what was saved before is safe, run again to go on") from None
+    except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk, as a rule
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or "no space left"
+        raise InputError(f"cannot save {path}: {reason}; what was saved before is safe, run again to go on") from None
 
 
-def _load(path: Path, recipe: Recipe) -> dict[str, Any] | None:
+def _load(path: Path, recipe: Recipe, data: str) -> dict[str, Any] | None:
     for one in (path, _previous(path)):
-        if one.exists():
+        try:
             state: dict[str, Any] = torch.load(one, weights_only=True)
-            if state.pop("recipe") != asdict(recipe):
-                raise InputError(f"{one} is the checkpoint of another recipe or shape; remove it to start anew")
-            return state
+        except (OSError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError):  # not there, or cut short
+            continue
+        if state.pop("recipe") != asdict(recipe) or state.pop("data", data) != data:
+            raise InputError(f"{one} is the checkpoint of another recipe, shape or text; remove it to start anew")
+        return state
     return None
 
 

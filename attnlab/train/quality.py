@@ -25,7 +25,9 @@ from attnlab.model.convert import to_grouped
 from attnlab.model.llama import Llama
 from attnlab.predict.time import training_flops
 from attnlab.results import Run, row_key
+from attnlab.train.corpus import Corpus
 from attnlab.train.loop import Task, forget, train
+from attnlab.train.maps import conversion_rows
 from attnlab.train.recipe import Recipe
 
 Report = Callable[[str, int, int, float, str], None]
@@ -63,9 +65,9 @@ class Planned:
         return row_key(self.configuration)
 
     @property
-    def marks(self) -> dict[int, float]:
-        """Step -> alpha."""
-        return {round(alpha * self.parent.recipe.steps): alpha for alpha in self.alphas} if self.parent else {}
+    def marks(self) -> dict[float, int]:
+        """Alpha -> step."""
+        return {alpha: round(alpha * self.parent.recipe.steps) for alpha in self.alphas} if self.parent else {}
 
     def row_keys(self) -> dict[str, float | None]:
         """Keys of the rows that the run ends in, with the alpha of each."""
@@ -115,6 +117,12 @@ def run_sweep(
                     if result["status"] != "ok":  # what was to start from its weights never can
                         waiting = [run for run in waiting if run.parent != planned]
                 _drain(progress, report)
+            for parent, path in weights.items():
+                if path.exists() and isinstance(parent.task, Corpus):
+                    for row in conversion_rows(_loaded(parent, path), parent.task):
+                        key = row_key({"parent": parent.key, "method": row["method"], "head": row["head"]})
+                        if key not in rows:
+                            rows.append(key, facts | {"parent": parent.key} | row)
         finally:
             for process in list((pool._processes or {}).values()):  # else Ctrl-C waits for minutes of training
                 process.terminate()
@@ -134,12 +142,11 @@ def _rows(planned: Planned, facts: dict[str, Any], result: dict[str, Any]) -> It
     if result["status"] == "ok" and "matmul_rate" in row:
         spent = row["tokens_per_second"] * training_flops(shape, planned.recipe.context)
         row["mfu"] = spent / row["matmul_rate"]
-    steps = {alpha: step for step, alpha in planned.marks.items()}
     for key, alpha in planned.row_keys().items():
         if alpha is None:
             yield key, row
         elif result["status"] == "ok":
-            yield key, row | {"alpha": alpha, "bits_per_byte": marks[steps[alpha]]}
+            yield key, row | {"alpha": alpha, "bits_per_byte": marks[planned.marks[alpha]]}
         else:
             yield key, row | {"alpha": alpha}
 
@@ -153,6 +160,13 @@ def _drain(progress: Any, report: Report | None) -> None:
     for label, state in latest.items():
         if report:
             report(label, *state)
+
+
+def _loaded(planned: Planned, path: Path) -> Llama:
+    """The model that a finished run left in ``path``."""
+    model = Llama(planned.recipe.shape)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
 
 
 _progress: Any
@@ -188,11 +202,10 @@ def _work(planned: Planned, checkpoint: Path, start: Path | None, keep: Path | N
 
     model = None
     if start is not None and planned.parent is not None:
-        model = Llama(planned.parent.recipe.shape)
-        model.load_state_dict(torch.load(start, weights_only=True))
+        model = _loaded(planned.parent, start)
         if planned.arm != "continued":
             model = to_grouped(model, recipe.shape.n_kv_heads, planned.arm, seed=recipe.seed)
     rate = matmul_rate("bfloat16" if recipe.autocast else "float32", device)
-    marks = tuple(planned.marks)
+    marks = tuple(planned.marks.values())
     result = train(recipe, planned.task, checkpoint, on_step, model=model, marks=marks, device=device, keep=keep)
     return result | {"matmul_rate": rate}

@@ -16,28 +16,32 @@ from attnlab.train.loop import Task
 from attnlab.train.quality import Planned
 from attnlab.train.recipe import COMPILED_FROM, Recipe, peak_rate
 
-VOCABULARY = 1024
-# Sizes by layers, dim and FFN; eight heads, so that G has four values. What two cores can repeat dozens of times.
+# Sizes by layers, dim, FFN and vocabulary; eight heads, so that G has four values. The first four are what two cores
+# can repeat dozens of times, the last is for a card.
 SIZES = {
-    name: ModelShape(layers, dim, 8, 8, dim // 8, ffn, VOCABULARY, tied_embeddings=True, max_context=1024, name=name)
-    for name, layers, dim, ffn in (
-        ("0.3m", 2, 96, 256),
-        ("0.6m", 3, 128, 256),
-        ("1.1m", 3, 160, 416),
-        ("1.7m", 4, 192, 384),
+    name: ModelShape(layers, dim, 8, 8, dim // 8, ffn, vocabulary, tied_embeddings=True, max_context=1024, name=name)
+    for name, layers, dim, ffn, vocabulary in (
+        ("quick", 2, 32, 64, 1024),
+        ("0.3m", 2, 96, 256, 1024),
+        ("0.6m", 3, 128, 256, 1024),
+        ("1.1m", 3, 160, 416, 1024),
+        ("1.7m", 4, 192, 384, 1024),
+        ("34m", 8, 512, 1408, 16384),
     )
 }
-QUICK = ModelShape(2, 32, 4, 4, 8, 64, VOCABULARY, tied_embeddings=True, max_context=64, name="quick")
-SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 4_000_000, 5
+SCALE = ("0.3m", "0.6m", "1.1m", "1.7m")
+SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 3_000_000, 5
 TOKENS_PER_PARAMETER = 4
 ALPHAS = (0.0, 0.01, 0.05, 0.1, 0.2)
 EXPERIMENTS = ("g-sweep", "uptraining", "recall", "scale", "context")
 
 
-def recipe(shape: ModelShape, seed: int, tokens: int, rate_of: ModelShape | None = None, **more: object) -> Recipe:
-    """LLaMA's recipe at this size; all arms at the learning rate of ``rate_of``, their MHA."""
-    size = (rate_of or shape).n_params
-    rated = {"peak_rate": round(peak_rate(size), 6), "compiled": size >= COMPILED_FROM}
+def recipe(shape: ModelShape, seed: int, tokens: int, **more: object) -> Recipe:
+    """LLaMA's recipe at this size, so named; every arm at the learning rate of its MHA."""
+    size = SIZES[shape.name].n_params if shape.name in SIZES else shape.n_params
+    rated: dict[str, object] = {"peak_rate": round(peak_rate(size), 6), "compiled": size >= COMPILED_FROM}
+    if size > 10_000_000:  # steps of 32k tokens, which a card needs to be busy
+        rated |= {"batch": 32, "context": 1024}
     return Recipe(shape, seed, tokens, **(rated | more))  # type: ignore[arg-type]  # fields of Recipe by name
 
 
@@ -54,7 +58,7 @@ def g_sweep(
         for g in reversed(divisors(shape.n_heads)):
             for arm in ("plain",) if g == shape.n_heads else ("plain", "matched"):
                 grouped = shape.with_kv_heads(g, match_params=arm == "matched")
-                runs.append(Planned("g-sweep", arm, recipe(grouped, seed, tokens, shape, **more), text))
+                runs.append(Planned("g-sweep", arm, recipe(grouped, seed, tokens, **more), text))
     return runs
 
 
@@ -79,11 +83,11 @@ def scale(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planne
     """Sizes × {MHA, GQA-2, MQA}, on as many tokens each, and on tokens that grow with the size."""
     runs = []
     for seed in range(check_size("seeds", seeds)):
-        for shape in SIZES.values():
+        for shape in map(SIZES.__getitem__, SCALE):
             budgets = {"fixed": tokens, "per-parameter": TOKENS_PER_PARAMETER * shape.n_params}
             for budget, count in budgets.items():
                 for g in (shape.n_heads, 2, 1):
-                    one = recipe(shape.with_kv_heads(g), seed, count, shape)
+                    one = recipe(shape.with_kv_heads(g), seed, count)
                     runs.append(Planned("scale", "plain", one, text, (("budget", budget),)))
     return runs
 
@@ -92,7 +96,7 @@ def context(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Plan
     """MHA and MQA on windows of 1024 tokens; rows tell loss by position."""
     shape = SIZES[SWEEP_SIZE]
     return [
-        Planned("context", "plain", recipe(shape.with_kv_heads(g), seed, tokens, shape, context=1024, batch=1), text)
+        Planned("context", "plain", recipe(shape.with_kv_heads(g), seed, tokens, context=1024, batch=1), text)
         for seed in range(check_size("seeds", seeds))
         for g in (shape.n_heads, 1)
     ]
@@ -100,16 +104,23 @@ def context(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Plan
 
 def quick(text: Task) -> list[Planned]:
     """The machinery in a minute: a toy model, a toy budget, the same code."""
-    runs = g_sweep(text, QUICK, 2, 65_536, context=64)
+    runs = g_sweep(text, SIZES["quick"], 2, 65_536, context=64)
     return runs + uptraining(runs[0], 2)
 
 
-def declared(names: list[str], text: Task) -> list[Planned]:
-    """The runs of the experiments named, in the order in which they are worth most. Raises ``InputError`` on a name
-    that is none."""
+def declared(
+    names: list[str],
+    text: Task,
+    size: str = SWEEP_SIZE,
+    seeds: int = SWEEP_SEEDS,
+    tokens: int = SWEEP_TOKENS,
+    **more: object,
+) -> list[Planned]:
+    """The runs of the experiments named, in the order in which they are worth most; ``size``, ``seeds`` and ``tokens``
+    are the g-sweep's and its uptraining's. Raises ``InputError`` on a name that is none."""
     for name in names:
         check_choice("experiment", name, EXPERIMENTS)
-    sweep = g_sweep(text)
+    sweep = g_sweep(text, SIZES[check_choice("size", size, SIZES)], seeds, tokens, **more)
     whole = {
         "g-sweep": lambda: sweep,
         "uptraining": lambda: uptraining(sweep[0]),

@@ -25,11 +25,14 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor.LoadFromSerializedProto(model)  # the constructor takes an empty model for none
         except RuntimeError:
             raise InputError("not a SentencePiece model; give a file made by: attnlab tokenizer train") from None
         self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
+        if self._processor.unk_id() in self._mark or self.end < 0:
+            raise InputError("the tokenizer cannot spell every text: it needs byte fallback and an end of text </s>")
         # Cutting a text at its marks is right only where a piece's beginning is not given a space of its own.
         self._plain = not self._processor.encode("a", out_type=str)[0].startswith(MARK)
 
@@ -57,7 +60,7 @@ class Tokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = str(error).strip().rpartition("] ")[2] or "the text is empty"
+            reason = str(error).rpartition("] ")[2].strip() or "the text is empty"
             raise InputError(f"no vocabulary of {vocab_size:,} can be learned from this text: {reason}") from None
         return cls(model.getvalue())
 
@@ -92,8 +95,8 @@ class Tokenizer:
         """Tokens of ``text``, no beginning or end added. Raises ``InputError`` on half a surrogate pair."""
         try:
             parts = self._processor.encode(text.split(MARK) if self._plain else [text])
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text cannot be written as UTF-8: {error.reason}") from None
+        except (UnicodeEncodeError, TypeError):  # SentencePiece's, the second for one text of several
+            raise InputError("the text holds half of a surrogate pair, which UTF-8 cannot write") from None
         tokens = parts[0]
         for part in parts[1:]:
             tokens += self._mark + part
@@ -107,8 +110,9 @@ class Tokenizer:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """What training reads: lines, long ones cut, without the bytes that SentencePiece cannot learn from."""
+    """What training reads: lines, long ones cut, without the characters for which SentencePiece drops a line or takes a
+    space (U+2585 is its own sign for what it does not know)."""
     for text in texts:
-        for line in text.replace("\0", "").replace(MARK, "").split("\n"):
+        for line in text.translate({0: None, 0x2581: None, 0x2585: None}).split("\n"):
             for start in range(0, len(line), _LINE // 4):
                 yield line[start : start + _LINE // 4]
