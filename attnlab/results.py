@@ -145,7 +145,7 @@ def _holder(file: int) -> str:
             _, kind, _, _, process, where, *_ = line.split()
             if kind == "FLOCK" and where.endswith(f":{os.fstat(file).st_ino}"):
                 command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                return f"process {process} ({' '.join(command.split())[:100]})"
+                return f"process {process} ({' '.join(command.split())[:200]})"
     return "another process"
 
 

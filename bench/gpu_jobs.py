@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 ATTNLAB = "python -m attnlab"
 EXPLORE = f"{ATTNLAB} explore --device cuda --dtypes bfloat16 --minutes 7 --no-figures"
+TEXT = '"$(python -c "import site; print(site.getsitepackages()[0])")/**/*.py"'
+LARGE = "--device cuda --size 34m --seeds 3 --tokens 300000000"
+TRAIN = f'{ATTNLAB} quality run {LARGE} --text {TEXT} --minutes 7 --runs "$OUT"'
 SIZES = ["shape.n_kv_heads", "context", "batch"]
 
 
@@ -88,6 +91,18 @@ JOBS = [
         "prefill: 6 G, 3 contexts, 2 batches (the run of 1a)",
         f'{EXPLORE} --grid full --runs "$OUT"',
         holds(36, kind="prefill", impl="grouped", shape__n_heads=32),
+    ),
+    Job(
+        "5",
+        "quality from scratch: 34 M parameters, every G, plain and matched, 3 seeds, on the Python sources installed",
+        f"{TRAIN} --experiments g-sweep",
+        holds(4, kind="quality", experiment="g-sweep"),
+    ),
+    Job(
+        "6",
+        "training back: the MHA of job 5 converted by every method to every G",
+        f"{TRAIN} --experiments g-sweep,uptraining",
+        holds(3, kind="quality", experiment="uptraining"),
     ),
     Job(
         "7",

@@ -20,6 +20,7 @@ import pytest
 from attnlab import results
 from attnlab.errors import InputError
 from attnlab.results import (
+    PLAN,
     ROWS,
     Run,
     full_commit,
@@ -127,7 +128,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     """Two sweeps in one folder would write each key twice. The lock goes with its process, so a killed one leaves
     none behind."""
     with Run(tmp_path / "r") as run:
-        with pytest.raises(InputError, match="is being written by another process; wait for it, or give another"):
+        with pytest.raises(InputError, match=r"is being written by .*process.*; wait for it, or give another"):
             Run(tmp_path / "r")
         run.append("a", ROW)
     with Run(tmp_path / "r") as run:
@@ -339,6 +340,34 @@ def test_a_run_without_its_planned_rows_is_not_published(tmp_path: Path) -> None
     assert not root.exists()
     target = publish(folder, root)
     assert [path.name for path in target.iterdir()] == [ROWS] and len(lines(target)) == 4
+
+
+def test_an_unfinished_run_is_published_as_it_grows_and_gone_on_with_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training end with the machine that was lent for them: what they left must be on record, must say that
+    it is not all, must never be replaced by other rows, and must be gone on with where only the record is."""
+    root, folder = tmp_path / "published", a_run(tmp_path / "runs" / "m-1" / "1-quality", "a")
+    with Run(folder) as run:
+        run.plan("abc")
+    target = publish(folder, root, partial=True)
+    assert len(lines(target)) == 1 and (target / PLAN).read_text().split() == list("abc")
+    a_run(folder, "b")
+    assert publish(folder, root, partial=True) == target and len(lines(target)) == 2
+
+    monkeypatch.setattr(results, "PUBLISHED", root)
+    again = run_folder(tmp_path / "elsewhere", "m-1", suffix="-quality")
+    assert again == tmp_path / "elsewhere" / "m-1" / "1-quality" and lines(again) == lines(target)
+    assert run_folder(tmp_path / "elsewhere2", "m-1", suffix="-quality", fresh=True) != again
+    assert run_folder(tmp_path / "elsewhere3", "m-2", suffix="-quality").parent.name == "m-2"
+
+    other = a_run(tmp_path / "other" / "m-1" / "1-quality", "c")
+    with pytest.raises(InputError, match="is published already"):
+        publish(other, root, partial=True)
+    a_run(folder, "c")
+    publish(folder, root)
+    assert len(lines(target)) == 3 and not (target / PLAN).exists()  # whole, and so never to be gone on with
+    assert run_folder(tmp_path / "elsewhere4", "m-1", suffix="-quality").name != "1-quality"
 
 
 def test_a_plan_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from attnlab.errors import InputError
 if TYPE_CHECKING:
     import pandas
 
+    from attnlab.train.quality import Planned
+
 app = typer.Typer(**PLAIN)
 quality_app = typer.Typer(help="Train variants beside each other and say what their loss shows.", **PLAIN)
 tokenizer_app = typer.Typer(help="LLaMA's kind of tokenizer, for your text.", **PLAIN)
@@ -40,8 +42,8 @@ def quality_plan(
     device: Device = "cpu",
 ) -> None:
     """Runs, tokens and predicted hours of every experiment, and what is done of it; nothing is started."""
-    planned = _declared(experiments, text, size, seeds, tokens, device)
-    _show_plan(planned, _folder(runs, size, False, device), device)
+    folder = _folder(runs, size, False, device)
+    _show_plan(_declared(folder, experiments, text, size, seeds, tokens, device), folder, device)
 
 
 @quality_app.command("run")
@@ -65,7 +67,8 @@ def quality_run(
     from attnlab.train.quality import run_sweep
     from attnlab.trained import quality_tables
 
-    planned, folder = _declared(experiments, text, size, seeds, tokens, device), _folder(runs, size, fresh, device)
+    folder = _folder(runs, size, fresh, device)
+    planned = _declared(folder, experiments, text, size, seeds, tokens, device)
     _show_plan(planned, folder, device)
     print(f"rows go to {folder}", file=sys.stderr)
     write = _tensorboard(tensorboard)
@@ -75,7 +78,11 @@ def quality_run(
             write(label, loss, step)
             advance(f"{label}, loss {loss:.3f}, {state}", step, steps)
 
-        run_sweep(folder, planned, report, device)
+        trained = 0
+        while len(planned) > trained:  # rows of some runs decide what others there are
+            trained = len(planned)
+            run_sweep(folder, planned, report, device)
+            planned = _declared(folder, experiments, text, size, seeds, tokens, device)
     show(*quality_tables(load_results(folder)))
 
 
@@ -190,8 +197,11 @@ def tokenizer_decode(tokenizer: TokenizerFile) -> None:
     sys.stdout.buffer.write(words.decode(tokens).encode())
 
 
-def _declared(experiments: str, text: str, size: str, seeds: int, tokens: int, device: str) -> Any:
+def _declared(
+    folder: Path, experiments: str, text: str, size: str, seeds: int, tokens: int, device: str
+) -> "list[Planned]":
     from attnlab.errors import check_choice
+    from attnlab.results import stored_rows
     from attnlab.train.corpus import prepare
     from attnlab.train.sweeps import EXPERIMENTS, SIZES, declared, quick
 
@@ -201,7 +211,7 @@ def _declared(experiments: str, text: str, size: str, seeds: int, tokens: int, d
     corpus = prepare(text, SIZES[check_choice("size", size, SIZES)].vocab_size, CORPORA)
     if size == "quick":
         return quick(corpus)
-    return declared(names, corpus, size, seeds, tokens, autocast=device == "cuda")
+    return declared(names, corpus, size, seeds, tokens, stored_rows(folder), autocast=device == "cuda")
 
 
 def _folder(runs: Path, size: str, fresh: bool, device: str) -> Path:
@@ -212,7 +222,7 @@ def _folder(runs: Path, size: str, fresh: bool, device: str) -> Path:
     return run_folder(runs, host.describe(device)["machine"], fresh=fresh, suffix=suffix)
 
 
-def _show_plan(planned: Any, folder: Path, device: str) -> None:
+def _show_plan(planned: "list[Planned]", folder: Path, device: str) -> None:
     from attnlab.measure.roofs import matmul_rate
     from attnlab.trained import plan_table
 

@@ -102,9 +102,14 @@ def run_sweep(
                 ready = [run for run in waiting if run.parent is None or weights[run.parent].exists()]
                 for planned in ready[: 2 * workers - len(pending)]:
                     waiting.remove(planned)
+                    keeps = _is_parent(planned, runs)
+                    if not keeps and (same := _trained_already(planned, rows.rows)):
+                        named = {"key": planned.key, "copy_of": same["key"]}
+                        rows.append(planned.key, same | planned.configuration | named)
+                        continue
                     checkpoint = folder / "checkpoints" / f"{planned.key}.pt"
                     start = weights[planned.parent] if planned.parent else None
-                    keep = folder / "models" / f"{planned.key}.pt" if _is_parent(planned, runs) else None
+                    keep = folder / "models" / f"{planned.key}.pt" if keeps else None
                     pending[pool.submit(_work, planned, checkpoint, start, keep, device)] = planned
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -128,6 +133,14 @@ def run_sweep(
                 process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
         return rows.rows
+
+
+def _trained_already(planned: Planned, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of a run that differs from ``planned`` in nothing but what it is called, and so in no number."""
+    if planned.parent is not None:
+        return None
+    wanted = {"corpus": planned.task.digest, **asdict(planned.recipe)}
+    return next((row for row in rows if "parent" not in row and all(row.get(n) == wanted[n] for n in wanted)), None)
 
 
 def _is_parent(planned: Planned, runs: list[Planned]) -> bool:

@@ -25,8 +25,8 @@ CHUNKS, CHUNK = 16, 64  # held-out sequences: 1024, of which a quick look takes 
 
 @dataclass(frozen=True)
 class Recall:
-    """The task with ``pairs`` facts. Keys are the lower half of the vocabulary, in ``relations`` equal parts, values and
-    what stands between the questions the upper half (Zoology: all of it), so that no key comes again by chance. Raises
+    """``pairs`` facts. Keys are the lower half of the vocabulary, in ``relations`` equal parts; values, and what stands
+    between questions, the upper half (Zoology fills with any token), so that no key comes again by chance. Raises
     ``InputError`` where a relation has fewer keys than there are ``pairs``."""
 
     pairs: int

@@ -7,13 +7,16 @@ scale        the same variants at several sizes: what else would buy that loss
 context      loss by position in a longer window
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from attnlab.errors import check_choice, check_size, divisors
 from attnlab.model.convert import METHODS
 from attnlab.shapes import ModelShape
 from attnlab.train.loop import Task
 from attnlab.train.quality import Planned
+from attnlab.train.recall import Recall
 from attnlab.train.recipe import COMPILED_FROM, Recipe, peak_rate
 
 # Sizes by layers, dim, FFN and vocabulary; eight heads, so that G has four values. The first four are what two cores
@@ -32,6 +35,17 @@ SIZES = {
 SCALE = ("0.3m", "0.6m", "1.1m", "1.7m")
 SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 3_000_000, 5
 TOKENS_PER_PARAMETER = 4
+# Small heads and a vocabulary of 128, so that a run takes a minute or two of one core.
+RECALL_SHAPE = ModelShape(
+    2, 64, 8, 8, 16, 128, 128, tied_embeddings=True, max_context=256, rope_theta=10, name="recall"
+)
+RECALL = (  # pairs, relations, length, batch, steps
+    (4, 1, 16, 64, 1600),
+    (4, 1, 64, 32, 2500),
+    (8, 1, 128, 16, 2500),
+    (4, 3, 24, 64, 2500),
+)
+RECALL_RATES = (2e-3, 4e-3, 8e-3)
 ALPHAS = (0.0, 0.01, 0.05, 0.1, 0.2)
 EXPERIMENTS = ("g-sweep", "uptraining", "recall", "scale", "context")
 
@@ -79,6 +93,23 @@ def uptraining(parent: Planned, seeds: int = 3) -> list[Planned]:
     return runs
 
 
+def recall(rows: Iterable[Mapping[str, Any]]) -> list[Planned]:
+    """Every setting and G at every rate on one seed; and where ``rows`` hold those, three other seeds at the best."""
+    accuracy = {row["key"]: row.get("accuracy", 0.0) for row in rows}
+    runs = []
+    for pairs, relations, length, batch, steps in RECALL:
+        task = Recall(pairs, relations, RECALL_SHAPE.vocab_size)
+        for g in reversed(divisors(RECALL_SHAPE.n_heads)):
+            shape = RECALL_SHAPE.with_kv_heads(g)
+            made = [Recipe(shape, 0, steps * batch * length, batch, length, peak_rate=rate) for rate in RECALL_RATES]
+            tries = [Planned("recall", "plain", one, task) for one in made]
+            runs += tries
+            if all(run.key in accuracy for run in tries):
+                best = max(tries, key=lambda run: accuracy[run.key])
+                runs += [replace(best, recipe=replace(best.recipe, seed=seed)) for seed in (1, 2, 3)]
+    return runs
+
+
 def scale(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planned]:
     """Sizes × {MHA, GQA-2, MQA}, on as many tokens each, and on tokens that grow with the size."""
     runs = []
@@ -114,17 +145,19 @@ def declared(
     size: str = SWEEP_SIZE,
     seeds: int = SWEEP_SEEDS,
     tokens: int = SWEEP_TOKENS,
+    rows: Iterable[Mapping[str, Any]] = (),
     **more: object,
 ) -> list[Planned]:
     """The runs of the experiments named, in the order in which they are worth most; ``size``, ``seeds`` and ``tokens``
-    are the g-sweep's and its uptraining's. Raises ``InputError`` on a name that is none."""
+    are the g-sweep's and its uptraining's, ``rows`` what is there already. Raises ``InputError`` on a name that is
+    none."""
     for name in names:
         check_choice("experiment", name, EXPERIMENTS)
     sweep = g_sweep(text, SIZES[check_choice("size", size, SIZES)], seeds, tokens, **more)
     whole = {
         "g-sweep": lambda: sweep,
         "uptraining": lambda: uptraining(sweep[0]),
-        "recall": lambda: [],
+        "recall": lambda: recall(rows),
         "scale": lambda: scale(text),
         "context": lambda: context(text),
     }

@@ -17,10 +17,12 @@ def parsed(command: str) -> dict[str, Any]:
     """The options of a command line, which is read and not run."""
     python, option, package, *words = shlex.split(command.replace("$OUT", "out"))
     assert (python, option, package) == ("python", "-m", "attnlab")
-    group: Any = typer.main.get_command(cli.app)
-    context = group.make_context("attnlab", words)
-    name, chosen, rest = group.resolve_command(context, words)
-    return chosen.make_context(name, rest, parent=context).params
+    chosen: Any = typer.main.get_command(cli.app)
+    name, context = "attnlab", None
+    while hasattr(chosen, "resolve_command"):  # a group, of a group
+        context = chosen.make_context(name, words, parent=context)
+        name, chosen, words = chosen.resolve_command(context, words)
+    return chosen.make_context(name, words, parent=context).params
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)

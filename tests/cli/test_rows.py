@@ -99,25 +99,3 @@ def test_publish(command: Command, refused: Callable[..., str], tmp_path: Path) 
     assert command("results", "publish", run) == (0, f"{target}\n", "")
     assert (target / ROWS).read_bytes() == (run / ROWS).read_bytes()
     assert f"{target} is published already" in refused("results", "publish", run)
-
-
-def test_quality_status_and_report(command: Command, tmp_path: Path) -> None:
-    """How far a sweep is, and what it shows; of several, the newest."""
-    common = {"kind": "quality", "status": "ok", "experiment": "e", "corpus": "c", "machine": "m-1", "tokens": 7000}
-    rows = [
-        common
-        | {"shape": {"n_heads": 6, "n_kv_heads": g}, "arm": "plain", "seed": seed, "n_params": 1000 * g}
-        | {"bits_per_byte": 2 + seed / 10 + (g == 2) * (0.5 + seed / 100)}
-        for g in (6, 2)
-        for seed in range(3)
-    ]
-    a_run(tmp_path / "runs" / "m-1" / "r1-quality", rows[:4])
-    a_run(tmp_path / "runs" / "m-1" / "r2-quality", rows)
-    code, out, err = command("quality", "status")
-    assert (code, err) == (0, "")
-    assert out == "".join(
-        f"{run}: {count} runs finished; G=6 plain ×3, G=2 plain ×{count - 3}\n"
-        for run, count in (("r1-quality", 4), ("r2-quality", 6))
-    )
-    code, out, err = command("quality", "report", "runs")
-    assert (code, err) == (0, "") and "+0.5100" in out and "worse" in out and "2,000" in out

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from attnlab import ModelShape, predict_decode, predict_prefill
+from attnlab import Llama, ModelShape, predict_decode, predict_prefill
 from attnlab.attention import expanded
 from attnlab.errors import InputError, divisors
 from attnlab.predict.machine import Machine, published_machines
-from attnlab.predict.time import attention_bytes, attention_flops, least_seconds
+from attnlab.predict.time import attention_bytes, attention_flops, least_seconds, training_flops
 
 SHAPE = ModelShape(n_layers=3, dim=17, n_heads=12, n_kv_heads=4, head_dim=10, ffn_dim=19, vocab_size=23)
 MINE = Machine("m", "cpu", 7e9, 5e9, {"float32": 1.1e11, "bfloat16": 1.3e9}, 1.7e-5, 2**34)
@@ -221,3 +223,18 @@ def test_bad_input_is_one_line(predict: object, arguments: tuple[object, ...], s
     """A zero context predicted zero seconds, a float batch fractional bytes, an unknown dtype somebody else's rate."""
     with pytest.raises(InputError, match=said):
         predict(SHAPE, Machine.published("h100"), *arguments)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_flops_are_those_that_torch_counts(groups: int, tied: bool) -> None:
+    """6 flops a parameter and token is the usual count: it takes an untied table for a product, and forgets attention.
+    torch counts the products of a forward and a backward pass as they run: those of masked pairs too, norms not."""
+    shape, batch, context = ModelShape(3, 17, 6, groups, 10, 19, 23, tied_embeddings=tied), 5, 13
+    model = Llama(shape, "expanded")
+    tokens = torch.zeros(batch, context, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    masked = 3 * attention_flops(shape, 3, 1, 1) * context * (context - 1) // 2
+    norms = 6 * context * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    assert training_flops(shape, context) * context == counter.get_total_flops() / batch - masked + norms

@@ -12,7 +12,7 @@ from attnlab.errors import InputError
 from attnlab.model.llama import Llama
 from attnlab.shapes import ModelShape
 from attnlab.train import evaluate
-from attnlab.train.evaluate import bits_per_byte, load_tokenizer, tokenized
+from attnlab.train.evaluate import bits_by_position, bits_per_byte, load_tokenizer, tokenized
 
 
 def a_model(vocab_size: int = 29, tied: bool = False) -> Llama:
@@ -24,15 +24,16 @@ def a_model(vocab_size: int = 29, tied: bool = False) -> Llama:
     return model
 
 
-def one_token_at_a_time(model: Llama, tokens: list[int], context: int) -> float:
-    """Bits of all tokens but the first: each from the prefix of its own window, alone, in float64."""
-    wide, bits = Llama(model.shape).double(), 0.0
+def one_token_at_a_time(model: Llama, tokens: list[int], context: int) -> list[float]:
+    """Bits of every token but the first: each from the prefix of its own window, alone, in float64."""
+    wide, bits = Llama(model.shape).double(), []
     wide.load_state_dict(model.state_dict())
     for target in range(1, len(tokens)):
         start = (target - 1) // context * context
         with torch.no_grad():
             scores = wide(torch.tensor([tokens[start:target]]))[0, -1]
-        bits -= math.log2(math.exp(scores[tokens[target]] - scores.max()) / torch.exp(scores - scores.max()).sum())
+        probability = math.exp(scores[tokens[target]] - scores.max()) / torch.exp(scores - scores.max()).sum()
+        bits.append(-math.log2(probability))
     return bits
 
 
@@ -45,7 +46,12 @@ def test_every_token_but_the_first_is_predicted_once(count, monkeypatch):
     monkeypatch.setattr(evaluate, "LOGITS", 5 * 29)
     model, tokens = a_model(), torch.randint(29, (count,), generator=torch.Generator().manual_seed(count))
     expected = one_token_at_a_time(model, tokens.tolist(), 7)
-    assert bits_per_byte(model, tokens, 7) == pytest.approx(expected / (count - 1), rel=1e-5)
+    assert bits_per_byte(model, tokens, 7) == pytest.approx(sum(expected) / (count - 1), rel=1e-5)
+    bits, counts = bits_by_position(model, tokens, 7)
+    assert bits.shape == counts.shape == (7,) and bits.dtype == torch.float64
+    for position in range(7):  # by how many tokens a prediction sees: a rotated axis keeps the sum
+        assert bits[position].item() == pytest.approx(sum(expected[position::7]), rel=1e-5)
+        assert counts[position] == len(expected[position::7])
 
 
 def test_bytes_divide_and_not_tokens():

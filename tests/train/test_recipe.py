@@ -1,4 +1,4 @@
-"""The recipe, held against the numbers of LLaMA's section 2.3."""
+"""The recipe, held against the numbers of the LLaMA papers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from attnlab.errors import InputError
 from attnlab.model.llama import Llama
 from attnlab.shapes import ModelShape
-from attnlab.train.recipe import Recipe
+from attnlab.train.recipe import Recipe, peak_rate
 
 SHAPE = ModelShape(2, 20, 6, 2, 4, 23, 31)
 
@@ -34,6 +34,31 @@ def test_short_runs_reach_the_peak_and_end_at_a_tenth(steps):
     assert rate(steps - 1) == pytest.approx(0.001)
 
 
+def test_at_scale_the_warm_up_is_2000_steps():
+    """LLaMA's 2000 steps are 5 % of a run of 40,000; a share of the steps alone would warm up 12,500 of its 250,000."""
+    assert recipe(40_000).warm_up == recipe(250_000).warm_up == 2000
+    assert recipe(39_000).warm_up == 1950 and recipe(3_900).warm_up == 195
+    rate = recipe(250_000, peak_rate=3e-4).rate
+    assert [rate(step) for step in (0, 999, 1999)] == pytest.approx([1.5e-7, 1.5e-4, 3e-4])
+    assert rate(2000) == pytest.approx(3e-4) and rate(249_999) == pytest.approx(3e-5)
+
+
+def test_a_constant_schedule_stays_at_the_peak():
+    """Training on goes on at the rate that was given: a cosine here would anneal a second time."""
+    rate = recipe(40, peak_rate=0.01, schedule="constant").rate
+    assert [rate(step) for step in range(40)] == pytest.approx([0.005, *[0.01] * 39])
+
+
+def test_the_learning_rate_by_size_meets_what_was_published():
+    """Tables 2 of both papers: 3e-4 for 7B and 13B, 1.5e-4 for 33B, 34B, 65B and 70B. Smaller models want more, never
+    less, and nothing jumps below 7B."""
+    assert [peak_rate(int(n * 1e9)) for n in (7, 13, 33, 34, 65, 70)] == [3e-4] * 2 + [1.5e-4] * 4
+    sizes = [ModelShape.published(f"llama-{name}").n_params for name in ("2-7b", "2-13b", "2-34b", "2-70b")]
+    assert [peak_rate(n) for n in sizes] == pytest.approx([3e-4, 3e-4, 1.5e-4, 1.5e-4], rel=0.02)
+    rates = [peak_rate(10**exponent) for exponent in range(5, 11)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 3e-4 and rates[0] < 0.01
+
+
 @pytest.mark.parametrize("shape", [SHAPE, ModelShape(2, 20, 6, 1, 4, 23, 31, tied_embeddings=True, qkv_bias=True)])
 def test_weight_decay_is_on_matrices_alone(shape):
     """Decayed norms and biases are pulled to zero; a parameter in no group never learns, and one in both learns
@@ -48,10 +73,11 @@ def test_weight_decay_is_on_matrices_alone(shape):
 
 
 def test_the_optimiser_is_that_of_the_paper():
-    """torch's default of 0.999 for the second moment is the usual slip: 0.95 is what LLaMA used."""
+    """torch's default of 0.999 for the second moment, or 1e-8 for eps, is the usual slip: 0.95 is what LLaMA used, and
+    1e-5 Llama 2."""
     optimizer = recipe(5).optimizer(Llama(SHAPE))
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.95), 1e-5)}
 
 
 def test_a_last_partial_step_is_dropped():
@@ -62,11 +88,17 @@ def test_a_last_partial_step_is_dropped():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"tokens": 41}, r"tokens=41 is less than two steps of 3 × 7 tokens"),
+        ({"tokens": 41}, r"41 are 1 steps of 3 × 7 tokens; at least 2 are needed, one of them after the warm-up"),
+        ({"tokens": 20}, r"tokens=20 are 0 steps of 3 × 7 tokens; at least 2 are needed"),
         ({"tokens": 0}, "tokens must be between 1 and"),
         ({"tokens": 2e6}, "tokens must be a whole number, got 2000000.0"),
         ({"batch": 0}, "batch must be between 1 and"),
         ({"context": -7}, "context must be between 1 and"),
+        ({"accumulate": 2}, "accumulate=2 does not divide the batch of 3"),
+        ({"accumulate": 0}, "accumulate must be between 1 and"),
+        ({"peak_rate": 0}, "peak_rate must be a number above 0, got 0"),
+        ({"peak_rate": float("nan")}, "peak_rate must be a number above 0, got nan"),
+        ({"schedule": "cosin"}, "did you mean cosine"),
     ],
 )
 def test_a_budget_that_cannot_be_spent_is_refused(wrong, said):
