@@ -33,7 +33,7 @@ SIZES = {
     )
 }
 SCALE = ("0.3m", "0.6m", "1.1m", "1.7m")
-SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 3_000_000, 5
+SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 4_000_000, 5
 TOKENS_PER_PARAMETER = 4
 # Small heads and a vocabulary of 128, so that a run takes a minute or two of one core.
 RECALL_SHAPE = ModelShape(
@@ -113,9 +113,9 @@ def recall(rows: Iterable[Mapping[str, Any]]) -> list[Planned]:
 def scale(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planned]:
     """Sizes × {MHA, GQA-2, MQA}, on as many tokens each, and on tokens that grow with the size."""
     runs = []
-    for seed in range(check_size("seeds", seeds)):
-        for shape in map(SIZES.__getitem__, SCALE):
-            budgets = {"fixed": tokens, "per-parameter": TOKENS_PER_PARAMETER * shape.n_params}
+    for shape in map(SIZES.__getitem__, SCALE):  # whole sizes first: a partial sweep is still a law
+        budgets = {"fixed": tokens, "per-parameter": TOKENS_PER_PARAMETER * shape.n_params}
+        for seed in range(check_size("seeds", seeds)):
             for budget, count in budgets.items():
                 for g in (shape.n_heads, 2, 1):
                     one = recipe(shape.with_kv_heads(g), seed, count)
