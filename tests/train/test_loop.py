@@ -145,7 +145,10 @@ def test_accumulated_parts_are_one_batch():
     """A sum over parts instead of their mean is a batch whose clip, and so whose steps, are others."""
     whole, parts = initial(SHAPE, 3), initial(SHAPE, 3)
     seen = calls(whole, "embed_tokens"), calls(parts, "embed_tokens")
-    one, other = run(SHORT, model=whole), run(replace(SHORT, accumulate=3), model=parts)
+    losses: tuple[list[float], list[float]] = [], []
+    one = run(SHORT, model=whole, on_step=lambda _, loss: losses[0].append(loss))
+    other = run(replace(SHORT, accumulate=3), model=parts, on_step=lambda _, loss: losses[1].append(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # where every step is clipped, nothing else shows a factor
     assert set(seen[0]) == {3} and set(seen[1]) == {1} and len(seen[1]) == 3 * len(seen[0]) == 60
     assert one[0]["curve"] == [[tokens, pytest.approx(nats, rel=1e-5)] for tokens, nats in other[0]["curve"]]
     for a, b in zip(one[1], other[1], strict=True):
