@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "strided heads pooled instead of contiguous ones",
         "model/convert.py",
-        "groups = tensor.unflatten(0, (n_kv_heads, present // n_kv_heads, -1))",
-        "groups = tensor.unflatten(0, (present // n_kv_heads, n_kv_heads, -1)).transpose(0, 1)",
+        "groups = tensor.unflatten(0, (n_kv_heads, shape.n_kv_heads // n_kv_heads, -1))",
+        "groups = tensor.unflatten(0, (shape.n_kv_heads // n_kv_heads, n_kv_heads, -1)).transpose(0, 1)",
         "model/test_convert.py::test_each_group_becomes_one_head",
     ),
     Mutant(
@@ -260,30 +260,30 @@ MUTANTS = [
     ),
     Mutant(
         "one seed for every run of a sweep",
-        "train/quality.py",
-        "runs.append(Planned(experiment, arm, Recipe(grouped, seed, tokens, **recipe)))",
-        "runs.append(Planned(experiment, arm, Recipe(grouped, 0, tokens, **recipe)))",
-        "train/test_quality.py::test_every_variant_is_planned_plain_and_matched_with_every_seed",
+        "train/sweeps.py",
+        "recipe(grouped, seed, tokens, **more), text)",
+        "recipe(grouped, 0, tokens, **more), text)",
+        "train/test_sweeps.py::test_every_variant_is_planned_plain_and_matched_with_every_seed",
     ),
     Mutant(
         "arms of one seed see different data",
         "train/loop.py",
-        "corpus.batch(recipe.seed, step,",
-        "corpus.batch(recipe.seed + recipe.shape.n_kv_heads, step,",
-        "train/test_loop.py::test_arms_of_one_seed_see_the_same_data",
+        "task.batch(recipe.seed, step,",
+        "task.batch(recipe.seed + recipe.shape.n_kv_heads, step,",
+        "train/test_loop.py::test_arms_of_one_seed_share_weights_and_data",
     ),
     Mutant(
         "a resumed run repeats a step",
         "train/loop.py",
-        "_save(checkpoint, model, optimizer, step + 1, curve)",
-        "_save(checkpoint, model, optimizer, step, curve)",
+        'for step in range(state["step"], recipe.steps):',
+        'for step in range(max(state["step"] - 1, 0), recipe.steps):',
         "train/test_loop.py::test_an_interrupted_run_ends_with_the_same_numbers",
     ),
     Mutant(
         "nats called bits",
         "train/evaluate.py",
-        "nats / math.log(2) /",
-        "nats /",
+        ".sum(0).cpu() / math.log(2)",
+        ".sum(0).cpu()",
         "train/test_evaluate.py::test_knowing_nothing_costs_log2_of_the_vocabulary",
     ),
     Mutant(
@@ -359,8 +359,8 @@ MUTANTS = [
     Mutant(
         "half a run is published",
         "results.py",
-        'if left := len(planned - {row["key"] for row in rows}):',
-        "if left := 0:",
+        "    if left and not partial:\n",
+        "    if False:\n",
         "test_results.py::test_a_run_without_its_planned_rows_is_not_published",
     ),
     Mutant(
@@ -387,7 +387,7 @@ MUTANTS = [
     Mutant(
         "a sweep of trainings without a plan",
         "train/quality.py",
-        "        rows.plan(keyed)\n",
+        "        rows.plan(key for planned in runs for key in planned.row_keys())\n",
         "",
         "train/test_quality.py::test_a_mistake_in_a_worker_reaches_the_caller",
     ),
@@ -1069,6 +1069,27 @@ MUTANTS = [
         "rotate(projection(seen[0]).unflatten(-1, (-1, model.shape.head_dim)), by)[0]",
         "projection(seen[0]).unflatten(-1, (-1, model.shape.head_dim))[0]",
         "train/test_maps.py::test_maps_are_the_attention_that_the_model_computes",
+    ),
+    Mutant(
+        "a gradient of the last block of rows alone",
+        "train/loss.py",
+        "to_weight.addmm_(gradient.T, part)",
+        "to_weight.copy_(gradient.T @ part)",
+        "train/test_loss.py::test_value_and_gradients_are_those_of_cross_entropy",
+    ),
+    Mutant(
+        "the first of the averaged weights left out",
+        "train/loop.py",
+        "if step >= average_from:",
+        "if step > average_from:",
+        "train/test_loop.py::test_a_run_is_that_of_a_plain_loop",
+    ),
+    Mutant(
+        "a save in the place of the last one",
+        "train/loop.py",
+        'with open(partial, "wb") as file:',
+        'with open(path, "wb") as file:',
+        "train/test_loop.py::test_a_full_disk_is_one_line_and_loses_nothing",
     ),
 ]
 

@@ -119,7 +119,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((self.n_heads, self.n_kv_heads), 2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2)
-        q, k = rotate(qk, by).split((self.n_heads, self.n_kv_heads), 2)
+        q, k = rotate(qk, by).to(v.dtype).split((self.n_heads, self.n_kv_heads), 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)

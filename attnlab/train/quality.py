@@ -90,10 +90,10 @@ def run_sweep(
     with Run(folder) as rows, host.training():
         rows.plan(key for planned in runs for key in planned.row_keys())
         waiting = [planned for planned in runs if any(key not in rows for key in planned.row_keys())]
-        parents = {planned.parent for planned in waiting if planned.parent}
-        weights = {parent: folder / "models" / f"{parent.key}.pt" for parent in parents}
+        weights = {run.parent: folder / "models" / f"{run.parent.key}.pt" for run in runs if run.parent}
         # a parent whose weights are not there is trained again, to the same ones, even if its row is
-        waiting = [parent for parent, path in weights.items() if not path.exists() and parent not in waiting] + waiting
+        needed = dict.fromkeys(run.parent for run in waiting if run.parent and not weights[run.parent].exists())
+        waiting = [*(parent for parent in needed if parent not in waiting), *waiting]
         workers = facts["cores"] if device == "cpu" else 1
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(progress,))
         try:
@@ -158,10 +158,11 @@ def _rows(planned: Planned, facts: dict[str, Any], result: dict[str, Any]) -> It
     for key, alpha in planned.row_keys().items():
         if alpha is None:
             yield key, row
-        elif result["status"] == "ok":
-            yield key, row | {"alpha": alpha, "bits_per_byte": marks[planned.marks[alpha]]}
         else:
-            yield key, row | {"alpha": alpha}
+            own = {name: value for name, value in row.items() if name not in ("bits_per_byte_raw", "positions")}
+            if result["status"] == "ok":
+                own["bits_per_byte"] = marks[planned.marks[alpha]]
+            yield key, own | {"alpha": alpha}
 
 
 def _drain(progress: Any, report: Report | None) -> None:
