@@ -46,6 +46,10 @@ class Task(Protocol):
         """What rows say of it, beside its digest."""
         ...
 
+    def parts(self) -> list[dict[str, Any]]:
+        """Where a run ends in several rows, what tells each from the others."""
+        ...
+
 
 def initial(shape: ModelShape, seed: int) -> Llama:
     """A model with the initial weights of ``seed``. Arms of one seed share every weight that both have: each matrix has

@@ -69,11 +69,10 @@ class Planned:
         """Alpha -> step."""
         return {alpha: round(alpha * self.parent.recipe.steps) for alpha in self.alphas} if self.parent else {}
 
-    def row_keys(self) -> dict[str, float | None]:
-        """Keys of the rows that the run ends in, with the alpha of each."""
-        if not self.alphas:
-            return {self.key: None}
-        return {row_key({**self.configuration, "alpha": alpha}): alpha for alpha in self.alphas}
+    def row_keys(self) -> dict[str, dict[str, Any]]:
+        """Keys of the rows that the run ends in, with what tells each from the others."""
+        parts = [{"alpha": alpha} for alpha in self.alphas] or self.task.parts()
+        return {row_key({**self.configuration, **part}): part for part in parts}
 
 
 def run_sweep(
@@ -151,18 +150,17 @@ def _rows(planned: Planned, facts: dict[str, Any], result: dict[str, Any]) -> It
     shape = planned.recipe.shape
     said = facts | planned.task.facts() | planned.configuration
     row = said | {"kind": "quality", "n_params": shape.n_params} | result
-    marks = dict(row.pop("marks", ()))
+    marks, parts = dict(row.pop("marks", ())), row.pop("parts", None)
     if result["status"] == "ok" and "matmul_rate" in row:
         spent = row["tokens_per_second"] * training_flops(shape, planned.recipe.context)
         row["mfu"] = spent / row["matmul_rate"]
-    for key, alpha in planned.row_keys().items():
-        if alpha is None:
-            yield key, row
-        else:
-            own = {name: value for name, value in row.items() if name not in ("bits_per_byte_raw", "positions")}
-            if result["status"] == "ok":
-                own["bits_per_byte"] = marks[planned.marks[alpha]]
-            yield key, own | {"alpha": alpha}
+    if planned.alphas and marks:
+        parts = [{"bits_per_byte": marks[step]} for step in planned.marks.values()]
+    keys = planned.row_keys()
+    if len(keys) > 1:  # of the run as a whole, not of one of its rows
+        row = {name: value for name, value in row.items() if name != "positions" and not name.endswith("_raw")}
+    for (key, part), own in zip(keys.items(), parts or [{}] * len(keys), strict=True):
+        yield key, row | part | own
 
 
 def _drain(progress: Any, report: Report | None) -> None:

@@ -53,6 +53,9 @@ class Letters:
     def facts(self) -> dict[str, Any]:
         return {}
 
+    def parts(self) -> list[dict[str, Any]]:
+        return [{}]
+
     @staticmethod
     def letters(seed: int, batch: int, context: int) -> Tensor:
         drawn = torch.rand(batch, context + 1, generator=torch.Generator().manual_seed(seed))

@@ -21,6 +21,9 @@ class Named:
 
     digest: str
 
+    def parts(self) -> list[dict[str, Any]]:
+        return [{}]
+
 
 TEXT: Any = Named("text")
 TWELVE = ModelShape(2, 20, 12, 12, 4, 23, 31, tied_embeddings=True)
@@ -151,3 +154,35 @@ def test_the_quick_sweep_is_the_same_code_in_a_minute():
     assert {run.arm for run in runs} == {"plain", "matched", "continued", *METHODS}
     flops = sum(6 * run.recipe.tokens * run.recipe.shape.n_params for run in runs)
     assert flops < 3e12 and max(run.recipe.steps for run in runs) < 500
+
+
+def test_recall_chooses_a_rate_on_one_seed_and_judges_on_others():
+    """The best of several rates, reported on the seed that chose it, flatters; a rate chosen for MHA and given to all
+    flatters MHA. Rows of every try decide, variant by variant, and only once they are all there."""
+    first = sweeps.recall([])
+    rates = {run.recipe.peak_rate for run in first}
+    assert len(rates) == 3 and {run.recipe.seed for run in first} == {0}
+    assert len(first) == len(sweeps.RECALL_FORMS) * 4 * 3
+    best = {8: 2e-3, 4: 4e-3, 2: 4e-3, 1: 8e-3}  # by G; here the middle settings decide, not the first
+    rows = [
+        {
+            "key": key,
+            "accuracy": 0.1 * part["pairs"] if run.recipe.peak_rate == best[run.recipe.shape.n_kv_heads] else 0.2,
+        }
+        for run in first
+        for key, part in run.row_keys().items()
+    ]
+    more = [run for run in sweeps.recall(rows) if run.recipe.seed]
+    assert len(more) == len(sweeps.RECALL_FORMS) * 4 * 3
+    assert all(run.recipe.peak_rate == best[run.recipe.shape.n_kv_heads] for run in more)
+    assert {run.recipe.seed for run in more} == {1, 2, 3}
+    assert not [run for run in sweeps.recall(rows[:7]) if run.recipe.seed and run.recipe.shape.n_kv_heads == 4]
+
+
+def test_learning_rates_are_those_of_mha():
+    """A rate by an arm's own size would give the smaller arms another recipe."""
+    for runs in (sweeps.g_sweep(TEXT, seeds=1), sweeps.scale(TEXT, seeds=1)):
+        of = {}
+        for run in runs:
+            of.setdefault(run.recipe.shape.name, set()).add(run.recipe.peak_rate)
+        assert all(len(rates) == 1 for rates in of.values())
