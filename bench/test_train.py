@@ -39,10 +39,12 @@ class Plain(nn.Module):
         self.embed = nn.Embedding(shape.vocab_size, dim)
         sizes = [(dim, dim)] * 4 + [(dim, ffn), (dim, ffn), (ffn, dim)]
         self.layers = nn.ModuleList(
-            nn.ModuleList([nn.Linear(*size, bias=False) for size in sizes] + [nn.RMSNorm(dim), nn.RMSNorm(dim)])
+            nn.ModuleList(
+                [nn.Linear(*size, bias=False) for size in sizes] + [nn.RMSNorm(dim, 1e-5), nn.RMSNorm(dim, 1e-5)]
+            )
             for _ in range(shape.n_layers)
         )
-        self.norm = nn.RMSNorm(dim)
+        self.norm = nn.RMSNorm(dim, 1e-5)
         angles = torch.outer(torch.arange(CONTEXT), 1e4 ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim))
         self.register_buffer("cos", torch.cat((angles, angles), -1).cos())
         self.register_buffer("sin", torch.cat((angles, angles), -1).sin())

@@ -13,7 +13,7 @@ import pytest
 import attnlab
 
 ROOT = Path(attnlab.__file__).parents[1]
-SUITES = {"test_decode", "test_prefill", "test_memory", "test_generate", "test_mistakes"}
+SUITES = {"test_decode", "test_prefill", "test_memory", "test_generate", "test_mistakes", "test_train"}
 
 
 def run_pytest(folder: Path, *arguments: str, temporary: Path) -> subprocess.CompletedProcess[str]:
