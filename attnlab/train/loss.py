@@ -18,12 +18,7 @@ SCORES_ON_CARD = 2**26
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean over targets of −ln softmax(hidden · weightᵀ)[target], in float32. hidden [N, dim], weight [V, dim], targets
-    [N] int64, where a negative one is not counted. Raises ``RuntimeError`` where none is counted."""
-    counted = targets >= 0
-    if not bool(counted.all()):
-        hidden, targets = hidden[counted], targets[counted]
-    if not len(targets):
-        raise RuntimeError("a batch without a single target")
+    [N] int64, where a negative one is not counted; NaN where none is. Waits for no device."""
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
     return loss
 
@@ -31,17 +26,18 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        n, matrix = len(hidden), weight.to(hidden.dtype)
+        n, matrix = (targets >= 0).sum(), weight.to(hidden.dtype)
         rows = max(1, (SCORES if hidden.device.type == "cpu" else SCORES_ON_CARD) // len(weight))
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(matrix)
         total = torch.zeros((), device=hidden.device)
-        for start in range(0, n, rows):
+        for start in range(0, len(hidden), rows):
             part, expected = hidden[start : start + rows], targets[start : start + rows, None]
+            counted, expected = expected >= 0, expected.clamp_min(0)
             scores = (part @ matrix.T).float()
             level = scores.logsumexp(-1, keepdim=True)
-            total += (level - scores.gather(1, expected)).sum()
-            # the gradient, softmax minus one at the target, in the scores' own memory
-            gradient = scores.sub_(level).exp_().scatter_add_(1, expected, -torch.ones_like(level)).div_(n)
+            total += torch.where(counted, level - scores.gather(1, expected), 0).sum()
+            # the gradient, softmax minus one at the target, in the scores' own memory; not counted: over infinity
+            gradient = scores.sub_(level).exp_().scatter_add_(1, expected, -torch.ones_like(level)).div_(n / counted)
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, matrix, out=to_hidden[start : start + rows])
             to_weight.addmm_(gradient.T, part)

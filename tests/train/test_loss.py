@@ -85,8 +85,7 @@ def test_the_scores_of_all_tokens_are_never_held(monkeypatch):
     assert mine.elements == N * DIM < N * V
 
 
-def test_a_batch_without_targets_is_refused():
-    """A mean over nothing is NaN, which reads as a divergence."""
+def test_a_mean_over_nothing_is_not_a_number():
+    """Zero would be read as a perfect model; to ask how many there are would wait for the device at every step."""
     hidden, weight, targets = inputs(N)
-    with pytest.raises(RuntimeError, match="without a single target"):
-        linear_cross_entropy(hidden, weight, targets)
+    assert linear_cross_entropy(hidden, weight, torch.full_like(targets, -100)).isnan()
