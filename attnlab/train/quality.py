@@ -54,11 +54,14 @@ class Planned:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What the run's key hashes: everything that decides its numbers."""
-        said: dict[str, Any] = {"experiment": self.experiment, "arm": self.arm, "corpus": self.task.digest}
-        if self.parent:
-            said["parent"] = self.parent.key
-        return {**said, **asdict(self.recipe), **dict(self.facts)}
+        """What the run's key hashes: its name, and everything that decides its numbers."""
+        return {"experiment": self.experiment, "arm": self.arm, **self.training, **dict(self.facts)}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What decides its numbers, whatever it is called."""
+        begins = {"parent": self.parent.key, "arm": self.arm} if self.parent else {}
+        return {"corpus": self.task.digest, **asdict(self.recipe), **begins}
 
     @property
     def key(self) -> str:
@@ -98,8 +101,13 @@ def run_sweep(
         try:
             pending: dict[Future[dict[str, Any]], Planned] = {}
             while waiting or pending:
-                ready = [run for run in waiting if run.parent is None or weights[run.parent].exists()]
-                for planned in ready[: 2 * workers - len(pending)]:
+                for planned in list(waiting):
+                    if len(pending) == 2 * workers:
+                        break
+                    if planned.parent and not weights[planned.parent].exists():
+                        continue
+                    if any(run.training == planned.training for run in pending.values()):
+                        continue
                     waiting.remove(planned)
                     keeps = _is_parent(planned, runs)
                     if not keeps and (same := _trained_already(planned, rows.rows)):
@@ -136,9 +144,9 @@ def run_sweep(
 
 def _trained_already(planned: Planned, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of a run that differs from ``planned`` in nothing but what it is called, and so in no number."""
+    wanted = planned.training
     if planned.parent is not None:
         return None
-    wanted = {"corpus": planned.task.digest, **asdict(planned.recipe)}
     return next((row for row in rows if "parent" not in row and all(row.get(n) == wanted[n] for n in wanted)), None)
 
 

@@ -24,6 +24,7 @@ from attnlab.results import Run, load_results
 from attnlab.shapes import ModelShape
 from attnlab.train.corpus import Corpus, prepare
 from attnlab.train.quality import Planned, run_sweep
+from attnlab.train.recall import Recall
 from attnlab.train.recipe import Recipe
 from attnlab.train.sweeps import uptraining
 
@@ -47,13 +48,18 @@ def parent_of(text: Corpus, steps: int = 40) -> Planned:
 
 
 def declared(text: Corpus) -> list[Planned]:
-    """An MHA run, one that diverges, and three that start from the first, of whose steps 1 % is none."""
+    """An MHA run, one that diverges, three that start from the first, of whose steps 1 % is none; one on another task,
+    and the first under another name."""
     parent = parent_of(text)
     ill = replace(
         parent, arm="matched", recipe=replace(parent.recipe, shape=TINY.with_kv_heads(1, True), peak_rate=1e30)
     )
     children = {(run.recipe.shape.n_kv_heads, run.arm): run for run in uptraining(parent, 1)}
-    return [parent, ill, children[6, "continued"], children[3, "mean"], children[1, "random"]]
+    started = [children[6, "continued"], children[3, "mean"], children[1, "random"]]
+    task = Recall(((8, 2), (13, 3)), vocab_size=37)
+    looked_up = Planned("recall", "plain", replace(parent.recipe, shape=replace(TINY, vocab_size=37)), task)
+    again = replace(parent, experiment="scale", facts=(("budget", "fixed"),))
+    return [parent, ill, *started, looked_up, again]
 
 
 class Swept(NamedTuple):
@@ -63,7 +69,7 @@ class Swept(NamedTuple):
     told: set[str]
 
     def row(self, run: Planned, alpha: float | None = None) -> dict[str, Any]:
-        (key,) = (key for key, own in run.row_keys().items() if own == alpha)
+        (key,) = (key for key, part in run.row_keys().items() if part.get("alpha") == alpha)
         (row,) = (row for row in self.rows if row["key"] == key)
         return row
 
@@ -81,16 +87,18 @@ def test_rows_are_whole_and_nothing_is_done_twice(swept, text):
     neither trains nor writes."""
     frame = load_results(swept.folder)
     frame = frame[frame["kind"] == "quality"].set_index("key")
-    assert set(frame.index) == {key for run in swept.runs for key in run.row_keys()} and len(frame) == 2 + 3 * 5
+    assert set(frame.index) == {key for run in swept.runs for key in run.row_keys()} and len(frame) == 2 + 3 * 5 + 3
     for run in swept.runs:
-        for key, alpha in run.row_keys().items():
-            row, recipe = frame.loc[key], run.recipe
+        for key, part in run.row_keys().items():
+            row, recipe, alpha = frame.loc[key], run.recipe, part.get("alpha")
             said = (row["experiment"], row["arm"], row["seed"], row["tokens"], row["batch"], row["context"])
-            assert said == (run.experiment, run.arm, recipe.seed, recipe.tokens, 3, 7)
-            assert (row["corpus"], row["peak_rate"]) == (text.digest, recipe.peak_rate)
+            assert said == (run.experiment, run.arm, recipe.seed, recipe.tokens, 3, part.get("context", 7))
+            assert (row["corpus"], row["peak_rate"]) == (run.task.digest, recipe.peak_rate)
             assert row["n_params"] == sum(parameter.numel() for parameter in Llama(recipe.shape).parameters())
             assert alpha is None or (row["alpha"], row["parent"]) == (alpha, swept.runs[0].key)
-    assert frame[["machine", "torch", "commit", "time", "run", "xz_bits", "validation_bytes"]].notna().all(axis=None)
+    assert frame[["machine", "torch", "commit", "time", "run"]].notna().all(axis=None)
+    on_text = frame[frame["corpus"] == text.digest]
+    assert on_text[["xz_bits", "validation_bytes"]].notna().all(axis=None)
     assert {row["threads"] for row in swept.rows if row["kind"] == "quality"} == {1}
     assert swept.row(swept.runs[0])["shape"] == asdict(TINY)
     assert swept.told <= {run.label for run in swept.runs}
@@ -108,14 +116,14 @@ def test_a_diverged_run_is_a_row_and_the_sweep_goes_on(swept):
     row = swept.row(swept.runs[1])
     assert row["status"] == "diverged" and "nan" in row["reason"] and re.search(r"step \d", row["reason"])
     assert "bits_per_byte" not in row
-    assert {swept.row(run, alpha)["status"] for run in swept.runs[2:] for alpha in (0.0, 0.2)} == {"ok"}
+    assert {swept.row(run, alpha)["status"] for run in swept.runs[2:5] for alpha in (0.0, 0.2)} == {"ok"}
 
 
 @pytest.mark.slow
 def test_a_converted_run_starts_from_its_parents_weights(swept, text):
     """Alpha 0 is the conversion alone: it must be the parent as it was left, converted by the method that the row
     names, and judged on the whole validation text. Where two alphas fall on one step both are rows."""
-    parent, _, *children = swept.runs
+    parent, _, *children = swept.runs[:5]
     model = Llama(TINY)
     model.load_state_dict(torch.load(swept.folder / "models" / f"{parent.key}.pt", weights_only=True))
     raw = text.evaluate(model, 7, True)["bits_per_byte"]
@@ -129,13 +137,32 @@ def test_a_converted_run_starts_from_its_parents_weights(swept, text):
         )
         found = {alpha: swept.row(run, alpha)["bits_per_byte"] for alpha in run.alphas}
         assert found[0.0] == pytest.approx(text.evaluate(own, 7, True)["bits_per_byte"], rel=1e-6)
-        assert found[0.0] == found[0.01] and found[0.2] == swept.row(run, 0.2)["bits_per_byte_raw"]
-        assert len(set(found.values())) == 4
+        assert found[0.0] == found[0.01] and len(set(found.values())) == 4
+        assert "bits_per_byte_raw" not in swept.row(run, 0.2)  # which is of the whole run
     assert (
         abs(swept.row(children[0], 0.0)["bits_per_byte"] - raw)
         < 1e-6
         < abs(swept.row(children[2], 0.0)["bits_per_byte"] - raw)
     )
+
+
+@pytest.mark.slow
+def test_a_task_of_two_settings_ends_in_two_rows(swept):
+    """One number for short and long sequences together hides where recall ends."""
+    run = swept.runs[5]
+    short, long = ({**row} for row in swept.rows if row.get("experiment") == "recall")
+    assert [(row["context"], row["pairs"]) for row in (short, long)] == [(8, 2), (13, 3)]
+    assert {short["key"], long["key"]} == set(run.row_keys()) and short["relations"] == 1
+    assert all(0 <= row["accuracy"] <= 1 and "parts" not in row and "accuracy_raw" not in row for row in (short, long))
+
+
+@pytest.mark.slow
+def test_a_run_under_another_name_is_not_trained_again(swept):
+    """The same numbers for the same hours: it is copied, and the row says from which."""
+    first, again = swept.row(swept.runs[0]), swept.row(swept.runs[6])
+    differ = {name for name in again if again[name] != first.get(name)}
+    assert differ <= {"key", "experiment", "budget", "copy_of", "time"} and again["copy_of"] == first["key"]
+    assert again["budget"] == "fixed" and again["key"] != first["key"]
 
 
 @pytest.mark.slow
