@@ -77,7 +77,10 @@ def test_every_declared_package_is_pinned_within_its_bounds() -> None:
 def test_the_library_imports_only_what_it_declares() -> None:
     """An import that works because another package happens to bring it (tqdm, psutil, yaml) breaks on the day that
     package drops it. What belongs to an extra may be imported only inside a function, where its absence is told."""
-    required, optional = set(declared()), {MODULE_NAMES.get(name, name) for name in declared("dev", "peers", "datasets")}
+    required, optional = (
+        set(declared()),
+        {MODULE_NAMES.get(name, name) for name in declared("dev", "peers", "datasets")},
+    )
     for file in sorted((ROOT / "attnlab").rglob("*.py")):
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
