@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # imports torch
     from attnlab.train.quality import Planned
 
 USUAL_MFU = 0.35
+PACKERS = "gzip", "xz"
 MEASURES = {
     "bits_per_byte": "whole text, averaged weights",
     "bits_per_byte_raw": "whole text, last weights",
@@ -69,6 +70,11 @@ def quality(rows: pandas.DataFrame, experiment: str | None = None) -> Table:
         "seeds",
         *([f"too few pairs yet: {', '.join(missing)}"] if missing else []),
         *([f"{failed} runs did not end well"] if (failed := len(rows) - len(done)) else []),
+        *(
+            f"{packer} -9 of the same text: {done[f'{packer}_bits'].iloc[0]:.3f}"
+            for packer in PACKERS
+            if "gzip_bits" in done
+        ),
     ]
     table = Table(
         *columns(("variant", "arm"), ("params", "seeds", "bits per byte", "visible")),

@@ -68,7 +68,7 @@ def outputs():
         "arms": shown(*report.arms(speed)),
         "generation": generation(newest(rows, "generate", machine)),
         "memory": memory(newest(rows, "peak", machine)),
-        "quality": shown(trained.quality(newest(rows, "quality", machine))),
+        "quality": shown(*trained.quality_tables(newest(rows, "quality", machine))),
     }
 
 
