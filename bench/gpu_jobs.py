@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 ATTNLAB = "python -m attnlab"
 EXPLORE = f"{ATTNLAB} explore --device cuda --dtypes bfloat16 --minutes 7 --no-figures"
-TEXT = '"$(python -c "import site; print(site.getsitepackages()[0])")/**/*.py"'
 LARGE = "--device cuda --size 34m --seeds 3 --tokens 300000000"
-TRAIN = f'{ATTNLAB} quality run {LARGE} --text {TEXT} --minutes 7 --runs "$OUT"'
+TRAIN = f'{ATTNLAB} quality run {LARGE} --text site-packages --minutes 7 --runs "$OUT"'
 SIZES = ["shape.n_kv_heads", "context", "batch"]
 
 

@@ -27,7 +27,7 @@ Names = Annotated[str, typer.Option("--experiments", help="Names with commas bet
 Size = Annotated[str, typer.Option(help="Of the g-sweep: quick (a toy, a minute in all), 0.3m … 1.7m, 34m for a card.")]
 Seeds = Annotated[int, typer.Option(help="Of each arm of the g-sweep.")]
 Tokens = Annotated[int, typer.Option(help="Training tokens of each run of the g-sweep.")]
-Text = Annotated[str, typer.Option(help="stdlib, or a folder, file, glob or saved Hugging Face data set.")]
+Text = Annotated[str, typer.Option(help="stdlib, site-packages, a folder, file, glob, or saved Hugging Face data set.")]
 TokenizerFile = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="A tokenizer.model, or its directory.")]
 
 

@@ -31,7 +31,8 @@ from attnlab.model.llama import Llama
 from attnlab.train.evaluate import bits_by_position, bits_per_byte
 from attnlab.train.tokenizer import Tokenizer
 
-STANDARD_LIBRARY = "stdlib"
+# Python sources that are there without a download: some 30 MB everywhere, and hundreds where torch is installed.
+OWN = {"stdlib": "stdlib", "site-packages": "purelib"}
 VALIDATION_SHARE = 1 / 25
 SPLIT_RULE = "1: by sha256 of the path, 1 in 25; files that share half of their lines stay together"
 VOCABULARY_TEXT = 2**25  # characters; more change a vocabulary little and take SentencePiece many minutes
@@ -107,9 +108,9 @@ def _order(windows: int, seed: int, epoch: int) -> Tensor:
 
 
 def prepare(source: str, vocab_size: int, folder: Path, tokenizer: Tokenizer | None = None) -> Corpus:
-    """The corpus of ``source`` ("stdlib", a folder, a file, a glob, or a saved Hugging Face data set) with a vocabulary
-    of ``vocab_size``, from its file in ``folder``, made first if need be. Raises ``InputError`` where the text is
-    empty, binary, too small, or has changed since its tokens were made."""
+    """The corpus of ``source`` (a name in ``OWN``, a folder, a file, a glob, or a saved Hugging Face data set) with a
+    vocabulary of ``vocab_size``, from its file in ``folder``, made first if need be. Raises ``InputError`` where the
+    text is empty, binary, too small, or has changed since its tokens were made."""
     documents = dict(read_documents(source))
     text_digest = _digest(f"{name}\0{text}" for name, text in documents.items())
     name = hashlib.sha256(f"{source}\0{vocab_size}".encode()).hexdigest()[:8]
@@ -142,12 +143,13 @@ def load(path: Path) -> Corpus:
 def read_documents(source: str) -> Iterable[tuple[str, str]]:
     """(name, text) of every document, by name. Files that are no UTF-8 text are left out and counted in a warning."""
     signs = ("dataset_info.json", "dataset_dict.json")
-    if source != STANDARD_LIBRARY and any((Path(source) / sign).exists() for sign in signs):
+    if source not in OWN and any((Path(source) / sign).exists() for sign in signs):
         yield from _data_set(source)
         return
-    root = Path(sysconfig.get_paths()["stdlib"] if source == STANDARD_LIBRARY else source)
-    if source == STANDARD_LIBRARY:
-        paths = [path for path in root.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts)]
+    root = Path(sysconfig.get_paths()[OWN[source]] if source in OWN else source)
+    if source in OWN:
+        others = {"site-packages", "dist-packages"}
+        paths = [path for path in root.rglob("*.py") if not others & set(path.relative_to(root).parts)]
     elif root.is_dir():
         paths = [
             path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -169,12 +171,12 @@ def read_documents(source: str) -> Iterable[tuple[str, str]]:
         elif text:
             found += 1
             yield name, text
-    if strange and source != STANDARD_LIBRARY and found:
+    if strange and source not in OWN and found:
         warnings.warn(f"{len(strange)} files of {source} are no UTF-8 text and left out, as {strange[0]}", stacklevel=2)
     if not found:
         what = f"only binary files, as {strange[0]}" if strange else "no text"
         raise InputError(
-            f"{source} holds {what}; give a folder, a file or a glob of UTF-8 text files, or {STANDARD_LIBRARY}"
+            f"{source} holds {what}; give a folder, a file or a glob of UTF-8 text files, or {' or '.join(OWN)}"
         )
 
 

@@ -12,7 +12,7 @@ import resource
 import sys
 import sysconfig
 import zlib
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import pytest
@@ -375,3 +375,13 @@ def test_bits_per_byte_of_the_whole_and_by_position(words, tmp_path, monkeypatch
     assert corpus.evaluate(model, context, whole=False) == {"bits_per_byte": pytest.approx(expected, rel=1e-5)}
     longest = corpus.evaluate(model, 1024, whole=True)["positions"]  # a window longer than the text
     assert longest[-1][0] < len(bits) and all(math.isfinite(value) for *_, value in longest)
+
+
+def test_installed_packages_are_a_text_of_their_own():
+    """The larger text for a card must hold the packages, and the default text none of them: what is installed differs
+    from one environment to the next, and rows that should be the same would not be."""
+    packages = dict(islice(read_documents("site-packages"), 50))
+    root = Path(sysconfig.get_paths()["purelib"])
+    assert all((root / name).read_text(encoding="utf-8") == text for name, text in packages.items())
+    assert all(name.endswith(".py") for name in packages)
+    assert not [name for name, _ in read_documents("stdlib") if "site-packages" in name]
