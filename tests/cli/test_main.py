@@ -83,7 +83,7 @@ MISTAKES = {
     "absent-text": (["eval", ".", "--text", "nowhere.txt"], "cannot read nowhere.txt: No such file or directory"),
     "text-a-folder": (["eval", ".", "--text", "."], "cannot read .: Is a directory"),
     "no-text": (["eval", "."], "Missing option '--text'"),
-    "seeds-zero": (["quality", "run", "--quick", "--seeds", "none"], "Invalid value for '--seeds'"),
+    "seeds-zero": (["quality", "run", "--size", "quick", "--seeds", "none"], "Invalid value for '--seeds'"),
     "tokens-negative": (["quality", "run", "--tokens", "-1"], "tokens must be between 1"),
 }
 

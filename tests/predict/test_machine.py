@@ -35,11 +35,12 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "mine.json"
     MINE.save(path)
 
-    def full(self: Path, text: str, **_: object) -> None:
-        self.write_bytes(text[:9].encode())
+    def full(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:9])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match=r"^cannot write .*mine\.json: No space left on device$"):
         replace(MINE, name="other").save(path)
     assert Machine.load(path) == MINE
