@@ -51,12 +51,7 @@ def explore(
 
 
 @app.command()
-def prove_memory(
-    device: Device = "auto",
-    runs: Runs = RUNS,
-    fresh: Fresh = False,
-    minutes: Minutes = math.inf,
-) -> None:
+def prove_memory(device: Device = "auto", runs: Runs = RUNS, fresh: Fresh = False, minutes: Minutes = math.inf) -> None:
     """Measure bytes at the peak, and the batch and context where memory really ends, beside their predictions."""
     from attnlab import report
     from attnlab.measure.memory import proofs, prove
@@ -96,12 +91,7 @@ def generation(
 
 
 @app.command()
-def tune(
-    device: Device = "auto",
-    runs: Runs = RUNS,
-    fresh: Fresh = False,
-    minutes: Minutes = math.inf,
-) -> None:
+def tune(device: Device = "auto", runs: Runs = RUNS, fresh: Fresh = False, minutes: Minutes = math.inf) -> None:
     """Measure which implementation is fastest here, and write the table that impl="auto" goes by."""
     from attnlab import tune as tuning
     from attnlab.attention.auto import TABLE

@@ -24,7 +24,7 @@ def _resolved(device: str) -> str:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A published name, a config.json, or a model directory.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_resolved)]
 Dtypes = Annotated[str, typer.Option(help="Comma-separated dtypes.")]
-Minutes = Annotated[float, typer.Option(min=0, help="Stop between two points once they are over, to be run again.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Stop once they are over; the same command goes on.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run instead of continuing the newest.")]
 

@@ -1,14 +1,11 @@
 """Commands that read rows."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from attnlab.cli.options import PLAIN, RUNS, show
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(**PLAIN)
 results_app = typer.Typer(help="Published rows.", **PLAIN)

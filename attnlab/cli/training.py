@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnlab.cli.options import PLAIN, RUNS, Device, Fresh, Runs, show
+from attnlab.cli.options import PLAIN, RUNS, Device, Fresh, Minutes, Runs, show
 from attnlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ app.add_typer(tokenizer_app, name="tokenizer")
 CORPORA = Path("runs/corpora")
 Names = Annotated[str, typer.Option("--experiments", help="Names with commas between, or all.")]
 Size = Annotated[str, typer.Option(help="Of the g-sweep: quick (a toy, a minute in all), 0.3m … 1.7m, 34m for a card.")]
-Seeds = Annotated[int, typer.Option(help="Of each arm of the g-sweep.")]
-Tokens = Annotated[int, typer.Option(help="Training tokens of each run of the g-sweep.")]
+Seeds = Annotated[int | None, typer.Option(help="Of each arm of the g-sweep; 5 unless given.")]
+Tokens = Annotated[int | None, typer.Option(help="Training tokens of each run of the g-sweep; 4 million unless given.")]
 Text = Annotated[str, typer.Option(help="stdlib, site-packages, a folder, file, glob, or saved Hugging Face data set.")]
 TokenizerFile = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="A tokenizer.model, or its directory.")]
 
@@ -35,8 +35,8 @@ TokenizerFile = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="A toke
 def quality_plan(
     experiments: Names = "all",
     size: Size = "0.6m",
-    seeds: Seeds = 5,
-    tokens: Tokens = 4_000_000,
+    seeds: Seeds = None,
+    tokens: Tokens = None,
     text: Text = "stdlib",
     runs: Runs = RUNS,
     device: Device = "cpu",
@@ -50,14 +50,12 @@ def quality_plan(
 def quality_run(
     experiments: Names = "all",
     size: Size = "0.6m",
-    seeds: Seeds = 5,
-    tokens: Tokens = 4_000_000,
+    seeds: Seeds = None,
+    tokens: Tokens = None,
     text: Text = "stdlib",
     runs: Runs = RUNS,
     fresh: Fresh = False,
-    minutes: Annotated[
-        float, typer.Option(min=0, help="Stop once they are over; the same command goes on.")
-    ] = math.inf,
+    minutes: Minutes = math.inf,
     device: Device = "cpu",
     tensorboard: Annotated[Path | None, typer.Option(help="Write losses there too, for TensorBoard.")] = None,
 ) -> None:
@@ -88,11 +86,13 @@ def quality_run(
 
 @quality_app.command("status")
 def quality_status(runs: Runs = RUNS) -> None:
-    """Finished runs of every sweep below a folder, by experiment and arm."""
+    """Rows of every sweep below a folder, by experiment and arm: one a run, of uptraining one an α, of recall one a
+    setting; and how many diverged."""
     for (run, experiment), sweep in _quality_rows(runs).groupby(["run", "experiment"], sort=False):
         arms = Counter(zip(sweep["shape.n_kv_heads"].astype(int), sweep["arm"], strict=True))
         counts = ", ".join(f"G={g} {arm} ×{count}" for (g, arm), count in arms.items())
-        print(f"{run}, {experiment}: {len(sweep)} rows; {counts}")
+        lost = f"; {failed} diverged" if (failed := int((sweep["status"] != "ok").sum())) else ""
+        print(f"{run}, {experiment}: {len(sweep)} rows; {counts}{lost}")
 
 
 @quality_app.command("report")
@@ -119,6 +119,7 @@ def uptrain(
     device: Device = "auto",
 ) -> None:
     """Train a model on, as a converted one needs; killed, it goes on where it was."""
+    from attnlab import host
     from attnlab.model.checkpoint import load_hf, save_hf
     from attnlab.progress import progress
     from attnlab.results import row_key
@@ -138,7 +139,7 @@ def uptrain(
     recipe = Recipe(model.shape, seed, tokens, batch, context, rate, "constant", recompute=again, autocast=autocast)
     start = row_key({"model": str(directory.resolve()), "corpus": corpus.digest})  # what the recipe does not say
     checkpoint = out.with_name(f".{out.name}.{start}.pt")
-    with progress() as advance:
+    with host.training(), progress() as advance:
         result = train(
             recipe,
             corpus,
@@ -198,20 +199,16 @@ def tokenizer_decode(tokenizer: TokenizerFile) -> None:
 
 
 def _declared(
-    folder: Path, experiments: str, text: str, size: str, seeds: int, tokens: int, device: str
+    folder: Path, experiments: str, text: str, size: str, seeds: int | None, tokens: int | None, device: str
 ) -> "list[Planned]":
-    from attnlab.errors import check_choice
     from attnlab.results import stored_rows
     from attnlab.train.corpus import prepare
-    from attnlab.train.sweeps import EXPERIMENTS, SIZES, declared, quick
+    from attnlab.train.sweeps import SIZES, chosen, declared
 
-    names = list(EXPERIMENTS) if experiments == "all" else experiments.split(",")
-    for name in names:  # before a corpus is built, which takes minutes
-        check_choice("experiment", name, EXPERIMENTS)
-    corpus = prepare(text, SIZES[check_choice("size", size, SIZES)].vocab_size, CORPORA)
-    if size == "quick":
-        return quick(corpus)
-    return declared(names, corpus, size, seeds, tokens, stored_rows(folder), autocast=device == "cuda")
+    names = chosen(experiments, size)  # before a corpus is built, which takes minutes
+    corpus = prepare(text, SIZES[size].vocab_size, CORPORA)
+    budget = {name: value for name, value in (("seeds", seeds), ("tokens", tokens)) if value is not None}
+    return declared(names, corpus, size, stored_rows(folder), budget, autocast=device == "cuda")
 
 
 def _folder(runs: Path, size: str, fresh: bool, device: str) -> Path:

@@ -4,7 +4,6 @@ Same rows, same bytes. What is not in the rows is not drawn, and said; what did 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
@@ -23,48 +22,18 @@ from attnlab.plots.style import save
 from attnlab.plots.training import conversion, recall, scale_vs_variant, uptraining
 from attnlab.plots.variants import variants
 
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure: ``draw(rows, machine)`` where it shows measurements, ``draw()`` where it follows from shapes alone.
-
-    A ``draw`` raises ``InputError`` where the rows lack what it needs.
-    """
-
-    draw: Callable[..., Figure]
-    caption: str
-    measured: bool = True
-
-
-FIGURES = {
-    chart.draw.__name__: chart
-    for chart in (
-        Chart(variants, "How eight query heads share eight, four, two or one KV heads, and what is stored.", False),
-        Chart(kv_memory, "KV cache of two published shapes over the tokens held, with weights and cards.", False),
-        Chart(capacity, "Which batch fits at which context on an 80 GiB card: Llama 3 8B, G = 32, 8, 1.", False),
-        Chart(decode_groups, "Time of one decode step's attention over KV heads, per implementation, and predicted."),
-        Chart(decode_context, "Time of one decode step's attention over context, per variant, and predicted."),
-        Chart(decode_batch, "Time of one decode step's attention over batch, per variant, and predicted."),
-        Chart(speedup_over_expanded, "How many times as fast as with K and V repeated to all heads, over KV heads."),
-        Chart(fraction_of_roof, "Share of the roofline that each implementation reaches, at every G."),
-        Chart(roofline, "Decode attention under this machine's measured roofs: attained against possible."),
-        Chart(prediction, "Predicted over measured time of every point, with median and 90th-percentile error."),
-        Chart(generation, "Tokens per second of a whole model over batch, per variant, until memory ends."),
-        Chart(time_per_group, "What a token costs a whole model with fewer KV heads, and what was published."),
-        Chart(five_ways_it_goes_wrong, "Five mistakes of benchmarks, made on purpose, beside the right measurement."),
-        Chart(quality, "Loss difference from MHA with its 95 % interval, and what these runs could have shown."),
-        Chart(quality_curves, "Loss over tokens, a line per seed, beside gzip and xz, and its difference from MHA's."),
-        Chart(scale_vs_variant, "Loss over parameters, and how many per cent of them sharing KV heads is worth."),
-        Chart(recall, "Key-value pairs recalled over their number, per variant, in a plain and a harder form."),
-        Chart(uptraining, "Loss of a converted MHA over the share of its training it gets back, per method."),
-        Chart(conversion, "Attention of one group of query heads before and after conversion, per method."),
-        Chart(
-            published_quality, "What four papers printed on quality with fewer KV heads, and how they matched.", False
-        ),
-        Chart(tradeoff, "What sharing KV heads saves in memory and time, and costs in quality."),
+FROM_SHAPES = (variants, kv_memory, capacity, published_quality)
+FIGURES: dict[str, Callable[..., Figure]] = {
+    draw.__name__: draw
+    for draw in (
+        *FROM_SHAPES,
+        *(decode_groups, decode_context, decode_batch, speedup_over_expanded, fraction_of_roof, roofline, prediction),
+        *(generation, time_per_group, five_ways_it_goes_wrong),
+        *(quality, quality_curves, scale_vs_variant, recall, uptraining, conversion, tradeoff),
     )
 }
-"""Name -> figure, in the order of a gallery."""
+"""Name -> ``draw(rows, machine)``, or ``draw()`` of those ``FROM_SHAPES``, in the order of a gallery, with its caption
+as docstring. A draw raises ``InputError`` where the rows lack what it needs."""
 
 
 def draw_all(
@@ -87,16 +56,17 @@ def draw_all(
     if machine is not None and machines:
         machines = [check_choice("machine", machine, machines)]
     written = []
-    for name, chart in FIGURES.items():
+    for name, draw in FIGURES.items():
         if name not in wanted:
             continue
-        if not chart.measured:
-            written += save(chart.draw(), out / name)
-        elif not machines:
+        if draw in FROM_SHAPES:
+            written += save(draw(), out / name)
+            continue
+        if not machines:
             say(f"{name} is not drawn: there are no rows")
-        for each in machines if chart.measured else []:
+        for each in machines:
             try:
-                figure = chart.draw(rows, each)
+                figure = draw(rows, each)
             except InputError as lacking:
                 say(f"{name}.{each} is not drawn: {lacking}")
             else:

@@ -15,14 +15,14 @@ SIZES = ("batch", "context", GROUPS, "shape.n_heads", "shape.head_dim")
 
 
 def timed(rows: pandas.DataFrame, kind: str, machine: str) -> pandas.DataFrame:
-    """The ``kind`` rows of ``machine``'s newest run that may be drawn: status ok, and of the (H, D) that most of them
-    have. Raises ``InputError`` if there are none."""
-    chosen = newest(rows, kind, machine)
-    chosen = chosen[chosen["status"] == "ok"]
+    """The ``kind`` rows of ``machine`` that may be drawn: status ok, of the (H, D) that most of them have, and of those
+    the newest run's. Raises ``InputError`` if there are none."""
+    chosen = rows[(rows["kind"] == kind) & (rows["machine"] == machine) & (rows["status"] == "ok")]
     if chosen.empty:
         raise InputError(f"no {kind} rows of {machine} ended well")
     # Beside rows of a kind without such a size, pandas holds it as a float.
-    return commonest(chosen.astype(dict.fromkeys(SIZES, int)), ["shape.n_heads", "shape.head_dim"])
+    chosen = chosen.astype(dict.fromkeys(SIZES, int))
+    return newest(commonest(chosen, ["shape.n_heads", "shape.head_dim"]), kind, machine)
 
 
 def commonest(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
@@ -34,12 +34,10 @@ def commonest(rows: pandas.DataFrame, columns: list[str]) -> pandas.DataFrame:
 
 
 def few(values: Iterable[Any], count: int) -> list[Any]:
-    """At most ``count`` of the distinct values, smallest and largest among them, evenly picked between."""
+    """At most ``count`` (≥ 2) of the distinct values, smallest and largest among them, evenly picked between."""
     distinct = sorted(set(values))
     if len(distinct) <= count:
         return distinct
-    if count == 1:
-        return distinct[-1:]
     return [distinct[round(i * (len(distinct) - 1) / (count - 1))] for i in range(count)]
 
 
@@ -74,11 +72,13 @@ def crossing(x: Iterable[float], y: Iterable[float], at: float) -> float:
 
 
 def source(rows: pandas.DataFrame) -> str:
-    """The footer: what drew these rows, in which dtype, and the run they come from."""
+    """The footer: what measured these rows, in which dtype, and the runs they come from."""
     first = rows.iloc[0]
     device = "CPU" if first["device"] == "cpu" else "GPU"
-    # Training rows have no dtype: training computes in float32.
-    kinds = sorted(rows["dtype"].unique()) if "dtype" in rows and rows["dtype"].notna().all() else ["float32"]
+    if "dtype" in rows and rows["dtype"].notna().all():
+        kinds = rows["dtype"]
+    else:  # of training, which says only where its products are of 16 bits
+        kinds = rows.get("autocast", rows["run"]).eq(True).map({True: "bfloat16", False: "float32"})
     runs = ", ".join(sorted(rows["run"].unique()))
     machine = f"{device}: {first['processor']} ({first['machine']})"
-    return f"{machine} · {', '.join(kinds)} · torch {first['torch']} · rows: {runs}"
+    return f"{machine} · {', '.join(sorted(kinds.unique()))} · torch {first['torch']} · rows: {runs}"

@@ -114,7 +114,8 @@ def recall(rows: pandas.DataFrame, machine: str) -> Figure:
         "Recall: how many pairs a model with fewer KV heads can look up",
         f"Values recalled right after reading key-value pairs, over the number of pairs (below it the tokens of a "
         f"sequence). {seeds(done, point)} at the best of the learning rates tried; dots: seeds, lines: means. "
-        f"{done['shape.n_layers'].iloc[0]:g} layers. Harder: any of several keys may be asked for a value.",
+        f"{done['shape.n_layers'].iloc[0]:g} layers. Harder: any of several keys may be asked for a value. Dashed: any "
+        f"value that was read, at random.",
         source(done),
         4.3,
         ncols=len(forms),
@@ -125,7 +126,9 @@ def recall(rows: pandas.DataFrame, machine: str) -> Figure:
         mine = done[(done["relations"] == relations) & (done["shape.head_dim"] == head_dim)]
         sizes = sorted(set(zip(mine["pairs"], mine["context"], strict=True)))
         mine = mine.assign(place=[sizes.index(size) for size in zip(mine["pairs"], mine["context"], strict=True)])
-        ends = []
+        guess = [100 / pairs for pairs, _ in sizes]
+        axes.plot(range(len(sizes)), guess, "--", color=style.MUTED, lw=1, label="guess")
+        ends = [(len(sizes) - 1, guess[-1], "guess", style.MUTED)]
         for (g, heads), runs in sorted(mine.groupby([GROUPS, "shape.n_heads"]), reverse=True):
             variant = variant_name(heads, g)
             ends.append(_means(axes, runs, "place", "percent", variant, style.variant_look(variant)))

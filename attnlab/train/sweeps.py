@@ -19,8 +19,8 @@ from attnlab.train.quality import Planned
 from attnlab.train.recall import Recall
 from attnlab.train.recipe import COMPILED_FROM, Recipe, peak_rate
 
-# Sizes by layers, dim, FFN and vocabulary; eight heads, so that G has four values. The first four are what two cores
-# can repeat dozens of times, the last is for a card.
+# Sizes by layers, dim, FFN and vocabulary; eight heads, so that G has four values. Those of ``SCALE`` two cores can
+# train dozens of times; "quick" is a toy, and the last is for a card.
 SIZES = {
     name: ModelShape(layers, dim, 8, 8, dim // 8, ffn, vocabulary, tied_embeddings=True, max_context=1024, name=name)
     for name, layers, dim, ffn, vocabulary in (
@@ -34,14 +34,15 @@ SIZES = {
 }
 SCALE = ("0.3m", "0.6m", "1.1m", "1.7m")
 SWEEP_SIZE, SWEEP_TOKENS, SWEEP_SEEDS = "0.6m", 4_000_000, 5
-TOKENS_PER_PARAMETER = 4
-# A model and a vocabulary so small that a run takes two minutes of one core; three forms of the task. What a fact asks
-# of one KV head grows with the relations and with the pairs, what it holds with its width.
+EVEN = "1.1m"  # tokens that grow with the size, about 4 per parameter, are the fixed ones there: one training
+# A model so small that a run takes two minutes of one core; three forms of the task. What a fact asks of one KV head
+# grows with the relations and with the pairs, what it holds with its width. In a vocabulary of 128 nobody learns the
+# harder forms in these minutes; in one of 32 MHA does.
 RECALL_SHAPE = ModelShape(2, 64, 8, 8, 16, 128, 128, tied_embeddings=True, max_context=256, name="recall")
-RECALL_FORMS = (  # head_dim, relations, (length, pairs) in turn
-    (16, 1, ((16, 4), (64, 4), (128, 8), (256, 16))),
-    (8, 1, ((16, 4), (64, 4), (128, 8), (256, 16))),
-    (16, 3, ((24, 4), (64, 4), (128, 8), (256, 16))),
+RECALL_FORMS = (  # head_dim, relations, vocabulary, (length, pairs) in turn
+    (16, 1, 128, ((16, 4), (64, 4), (128, 8), (256, 16))),
+    (16, 3, 32, ((16, 2), (24, 4), (36, 5))),
+    (8, 3, 32, ((16, 2), (24, 4), (36, 5))),
 )
 RECALL_TOKENS = 3_000_000
 RECALL_RATES = (2e-3, 4e-3, 8e-3)
@@ -49,13 +50,13 @@ ALPHAS = (0.0, 0.01, 0.05, 0.1, 0.2)
 EXPERIMENTS = ("g-sweep", "uptraining", "recall", "scale", "context")
 
 
-def recipe(shape: ModelShape, seed: int, tokens: int, **more: object) -> Recipe:
+def recipe(shape: ModelShape, seed: int, tokens: int, **more: Any) -> Recipe:
     """LLaMA's recipe at this size, so named; every arm at the learning rate of its MHA."""
     size = SIZES[shape.name].n_params if shape.name in SIZES else shape.n_params
-    rated: dict[str, object] = {"peak_rate": round(peak_rate(size), 6), "compiled": size >= COMPILED_FROM}
+    rated: dict[str, Any] = {"peak_rate": round(peak_rate(size), 6), "compiled": size >= COMPILED_FROM}
     if size > 10_000_000:  # steps of 32k tokens, which a card needs to be busy
         rated |= {"batch": 32, "context": 1024}
-    return Recipe(shape, seed, tokens, **(rated | more))  # type: ignore[arg-type]  # fields of Recipe by name
+    return Recipe(shape, seed, tokens, **(rated | more))
 
 
 def g_sweep(
@@ -63,7 +64,7 @@ def g_sweep(
     shape: ModelShape = SIZES[SWEEP_SIZE],
     seeds: int = SWEEP_SEEDS,
     tokens: int = SWEEP_TOKENS,
-    **more: object,
+    **more: Any,
 ) -> list[Planned]:
     """Every G that divides H × plain and matched × seeds, whole seeds first: a partial sweep is still paired."""
     runs = []
@@ -96,10 +97,10 @@ def recall(rows: Iterable[Mapping[str, Any]]) -> list[Planned]:
     """Every setting and G at every rate on one seed; and where ``rows`` hold those, three other seeds at the best."""
     accuracy: dict[str, float] = {row["key"]: row.get("accuracy", 0.0) for row in rows}
     runs = []
-    for head_dim, relations, settings in RECALL_FORMS:
-        task = Recall(settings, relations, RECALL_SHAPE.vocab_size)
+    for head_dim, relations, words, settings in RECALL_FORMS:
+        task = Recall(settings, relations, words)
         for g in reversed(divisors(RECALL_SHAPE.n_heads)):
-            shape = replace(RECALL_SHAPE, n_kv_heads=g, head_dim=head_dim)
+            shape = replace(RECALL_SHAPE, n_kv_heads=g, head_dim=head_dim, vocab_size=words)
             made = [Recipe(shape, 0, RECALL_TOKENS, peak_rate=rate) for rate in RECALL_RATES]
             tries = [Planned("recall", "plain", one, task) for one in made]
             runs += tries
@@ -109,55 +110,65 @@ def recall(rows: Iterable[Mapping[str, Any]]) -> list[Planned]:
     return runs
 
 
-def scale(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planned]:
+def scale(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS, **more: Any) -> list[Planned]:
     """Sizes × {MHA, GQA-2, MQA}, on as many tokens each, and on tokens that grow with the size."""
     runs = []
     for shape in map(SIZES.__getitem__, SCALE):  # whole sizes first: a partial sweep is still a law
-        budgets = {"fixed": tokens, "per-parameter": TOKENS_PER_PARAMETER * shape.n_params}
+        budgets = {"fixed": tokens, "per-parameter": tokens * shape.n_params // SIZES[EVEN].n_params}
         for seed in range(check_size("seeds", seeds)):
             for budget, count in budgets.items():
                 for g in (shape.n_heads, 2, 1):
-                    one = recipe(shape.with_kv_heads(g), seed, count)
+                    one = recipe(shape.with_kv_heads(g), seed, count, **more)
                     runs.append(Planned("scale", "plain", one, text, (("budget", budget),)))
     return runs
 
 
-def context(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS) -> list[Planned]:
+def context(text: Task, seeds: int = 3, tokens: int = SWEEP_TOKENS, **more: Any) -> list[Planned]:
     """MHA and MQA on windows of 1024 tokens; rows tell loss by position."""
     shape = SIZES[SWEEP_SIZE]
     return [
-        Planned("context", "plain", recipe(shape.with_kv_heads(g), seed, tokens, context=1024, batch=1), text)
+        Planned("context", "plain", recipe(shape.with_kv_heads(g), seed, tokens, context=1024, batch=1, **more), text)
         for seed in range(check_size("seeds", seeds))
         for g in (shape.n_heads, 1)
     ]
 
 
-def quick(text: Task) -> list[Planned]:
+def quick(text: Task, seeds: int = 2, tokens: int = 65_536, **more: Any) -> list[Planned]:
     """The machinery in a minute: a toy model, a toy budget, the same code."""
-    runs = g_sweep(text, SIZES["quick"], 2, 65_536, context=64)
+    runs = g_sweep(text, SIZES["quick"], seeds, tokens, context=64, **more)
     return runs + uptraining(runs[0], 2)
+
+
+def chosen(names: str, size: str) -> list[str]:
+    """The experiments in ``names`` (with commas between, or "all"), as far as a text in the vocabulary of ``size`` can
+    serve them. Raises ``InputError`` for a name that is none, and for one that cannot be had at that size."""
+    same = SIZES[check_choice("size", size, SIZES)].vocab_size == SIZES[SWEEP_SIZE].vocab_size
+    valid = EXPERIMENTS[:2] if size == "quick" else EXPERIMENTS if same else EXPERIMENTS[:3]
+    for name in (found := list(valid) if names == "all" else names.split(",")):
+        check_choice("experiment", name, EXPERIMENTS)
+        check_choice(f"experiment for size {size}", name, valid)
+    return found
 
 
 def declared(
     names: list[str],
     text: Task,
     size: str = SWEEP_SIZE,
-    seeds: int = SWEEP_SEEDS,
-    tokens: int = SWEEP_TOKENS,
     rows: Iterable[Mapping[str, Any]] = (),
-    **more: object,
+    budget: Mapping[str, int] | None = None,
+    **more: Any,
 ) -> list[Planned]:
-    """The runs of the experiments named, in the order in which they are worth most; ``size``, ``seeds`` and ``tokens``
-    are the g-sweep's and its uptraining's, ``rows`` what is there already. Raises ``InputError`` on a name that is
-    none."""
-    for name in names:
-        check_choice("experiment", name, EXPERIMENTS)
-    sweep = g_sweep(text, SIZES[check_choice("size", size, SIZES)], seeds, tokens, **more)
+    """The runs of the experiments that ``chosen`` gave, in the order in which they are worth most; ``size`` is the
+    g-sweep's and its uptraining's, as are ``seeds`` and ``tokens`` in ``budget``; ``rows`` are there already."""
+    if size == "quick":
+        runs = quick(text, **(budget or {}), **more)
+        return [run for run in runs if run.experiment in names]
+    sweep = g_sweep(text, SIZES[size], **(budget or {}), **more)
     whole = {
         "g-sweep": lambda: sweep,
         "uptraining": lambda: uptraining(sweep[0]),
         "recall": lambda: recall(rows),
-        "scale": lambda: scale(text),
-        "context": lambda: context(text),
+        "scale": lambda: scale(text, **more),
+        "context": lambda: context(text, **more),
     }
     return [run for name in EXPERIMENTS if name in names for run in whole[name]()]

@@ -44,5 +44,5 @@ def test_each_mistake_is_made(tmp_path: Path) -> None:
         right, wrong = ways["top-left-mask"]
         assert right["error"] < 1e-4 and wrong["error"] > 0.1
     rows_of = load_results(tmp_path / "runs")
-    figure = FIGURES["five_ways_it_goes_wrong"].draw(rows_of, rows_of["machine"].iloc[0])
+    figure = FIGURES["five_ways_it_goes_wrong"](rows_of, rows_of["machine"].iloc[0])
     assert len(figure.axes) == 6

@@ -120,7 +120,7 @@ def a_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_quality_status_and_report(command: Command, tmp_path: Path) -> None:
-    """How far a sweep is, and what it shows; of several, the newest."""
+    """How far a sweep is, what of it failed, and what it shows; of several, the newest."""
     common = {"kind": "quality", "status": "ok", "experiment": "e", "corpus": "c", "machine": "m-1", "tokens": 7000}
     rows = [
         common
@@ -130,12 +130,16 @@ def test_quality_status_and_report(command: Command, tmp_path: Path) -> None:
         for seed in range(3)
     ]
     a_run(tmp_path / "runs" / "m-1" / "r1-quality", rows[:4])
-    a_run(tmp_path / "runs" / "m-1" / "r2-quality", rows)
+    failed = rows[0] | {"status": "diverged", "seed": 3}
+    a_run(tmp_path / "runs" / "m-1" / "r2-quality", [*rows, failed])
     code, out, err = command("quality", "status")
     assert (code, err) == (0, "")
     assert out == "".join(
-        f"{run}, e: {count} rows; G=6 plain ×3, G=2 plain ×{count - 3}\n"
-        for run, count in (("r1-quality", 4), ("r2-quality", 6))
+        f"{run}, e: {said}\n"
+        for run, said in (
+            ("r1-quality", "4 rows; G=6 plain ×3, G=2 plain ×1"),
+            ("r2-quality", "7 rows; G=6 plain ×4, G=2 plain ×3; 1 diverged"),
+        )
     )
     code, out, err = command("quality", "report", "runs")
     assert (code, err) == (0, "") and "+0.5100" in out and "worse" in out and "2,000" in out
@@ -146,6 +150,11 @@ def test_sweeps_that_are_refused(refused: Callable[..., str], tmp_path: Path) ->
     for arguments, said in (
         (("--experiments", "g-swep"), "unknown experiment 'g-swep'; did you mean g-sweep?"),
         (("--size", "huge"), "unknown size 'huge'"),
+        (
+            ("--size", "34m", "--experiments", "scale"),
+            "unknown experiment for size 34m 'scale'; did you mean recall?",
+        ),
+        (("--size", "quick", "--experiments", "recall"), "unknown experiment for size quick 'recall'"),
         (("--text", "absent"), "absent holds no text"),
     ):
         for verb in ("plan", "run"):

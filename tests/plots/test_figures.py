@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from attnlab import plots
 from attnlab.attention import implementations, peers
 from attnlab.errors import InputError
-from attnlab.plots import FIGURES, draw_all, style, training
+from attnlab.plots import FIGURES, FROM_SHAPES, draw_all, style, training
 from attnlab.plots.rows import contenders, crossing
 from attnlab.predict.memory import decode_peak_bytes, decode_read_bytes, traffic_crossover_tokens
 from attnlab.results import DYNAMIC, OURS, STATIC, load_results
@@ -39,7 +39,7 @@ MISTAKES = ("prefill-in-timer", "warm-cache", "float32-label", "expanded-cache",
 NEW, OLD, TRAINED = "20270203-000000-speed", "20260203-000000-speed", "20270301-000000-quality"
 ZEN = {"machine": "zen-2c", "device": "cpu", "processor": "Zen", "torch": "2.13.0", "last_level_cache_bytes": 131072}
 HOPPER = {"machine": "hopper", "device": "cuda", "processor": "Hopper GPU", "torch": "2.13.0"}
-MEASURED = [name for name, chart in FIGURES.items() if chart.measured]
+MEASURED = [name for name, draw in FIGURES.items() if draw not in FROM_SHAPES]
 TRAININGS = ("quality", "quality_curves", "scale_vs_variant", "recall", "uptraining", "conversion")
 
 
@@ -213,10 +213,10 @@ def milliseconds(column: pandas.Series) -> Any:
 
 def test_every_figure_is_two_files_and_names_its_machine(drawn: Drawn) -> None:
     """A figure of one machine overwrote another's where the name did not say which."""
-    stems = [name + (".zen-2c" if chart.measured else "") for name, chart in FIGURES.items()]
+    stems = [name + (".zen-2c" if name in MEASURED else "") for name in FIGURES]
     assert [path.name for path in drawn.files] == [f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")]
     assert all(0 < path.stat().st_size < 300_000 for path in drawn.files)
-    assert all(chart.caption.endswith(".") for chart in FIGURES.values())
+    assert all((draw.__doc__ or "").endswith(".") for draw in FIGURES.values())  # a gallery's captions
 
 
 def test_same_rows_same_bytes(folder: Path, drawn: Drawn) -> None:
@@ -275,7 +275,7 @@ def test_the_footer_says_what_drew_it(drawn: Drawn, rows: pandas.DataFrame, name
     if name not in (*TRAININGS, "tradeoff"):
         assert "bfloat16, float32" in words
     if name == "decode_groups":
-        words = " ".join(text.get_text() for text in FIGURES[name].draw(rows, "hopper").texts)
+        words = " ".join(text.get_text() for text in FIGURES[name](rows, "hopper").texts)
         assert "GPU: Hopper GPU (hopper)" in words and "CPU" not in words
 
 
@@ -420,7 +420,7 @@ def test_unsteady_points_are_hollow_and_said(rows: pandas.DataFrame) -> None:
     ):
         time = of[of["impl"] == impl]["median"].iloc[0] * 1e3
         for table, expected in ((marked, [time]), (steady, []), (rows, [])):
-            figure = FIGURES[name].draw(table, "zen-2c")
+            figure = FIGURES[name](table, "zen-2c")
             found = {
                 axes.get_title(loc="left"): [
                     pytest.approx(line.get_ydata()[0], rel=1e-12)
@@ -433,7 +433,7 @@ def test_unsteady_points_are_hollow_and_said(rows: pandas.DataFrame) -> None:
             said = any("Hollow: unsteady" in text.get_text().replace("\n", " ") for text in figure.texts)
             assert said == bool(expected)
     only = rows.assign(unsteady=rows["impl"] == "reference")  # which that figure does not draw
-    assert not any("Hollow" in text.get_text() for text in FIGURES["decode_context"].draw(only, "zen-2c").texts)
+    assert not any("Hollow" in text.get_text() for text in FIGURES["decode_context"](only, "zen-2c").texts)
 
 
 def test_speedup_divides_by_expanded_of_the_same_point(drawn: Drawn, rows: pandas.DataFrame) -> None:
@@ -447,7 +447,7 @@ def test_speedup_divides_by_expanded_of_the_same_point(drawn: Drawn, rows: panda
         assert seen["cpp"] == ([1, 2, 4, 12], pytest.approx(ratios))
     without = rows[rows["impl"] != "expanded"]
     with pytest.raises(InputError, match="hold no expanded to compare with"):
-        FIGURES["speedup_over_expanded"].draw(without, "zen-2c")
+        FIGURES["speedup_over_expanded"](without, "zen-2c")
 
 
 def test_of_many_implementations_the_fastest_are_drawn(rows: pandas.DataFrame) -> None:
@@ -460,12 +460,12 @@ def test_of_many_implementations_the_fastest_are_drawn(rows: pandas.DataFrame) -
     decode = many[(many["kind"] == "decode") & (many["status"] == "ok") & (many["run"] == NEW)]
     assert set(contenders(decode)) == {"grouped", "expanded", "flash", "flashinfer", "cpp", "cudnn", "sdpa"}
     assert set(contenders(decode[decode["impl"].isin(FACTORS)])) == set(FACTORS) - {"auto"}
-    figure = FIGURES["decode_groups"].draw(many, "zen-2c")
+    figure = FIGURES["decode_groups"](many, "zen-2c")
     seen = lines(panel(figure, "float32, context 131"))
     assert {"flash", "cudnn", "cpp"} < set(seen) and not {"triton", "xformers", "reference"} & set(seen)
     words = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert "in fraction_of_roof only: flex_tuned, reference, triton, xformers." in words
-    roof = FIGURES["fraction_of_roof"].draw(many, "zen-2c").axes[0]
+    roof = FIGURES["fraction_of_roof"](many, "zen-2c").axes[0]
     assert {"flex_tuned", "triton", "xformers", "cpp"} < {label.get_text() for label in roof.get_yticklabels()}
 
 
@@ -501,7 +501,7 @@ def test_fraction_of_roof_holds_every_implementation_at_every_g(drawn: Drawn, ro
                 ]
             assert squares[x + 0.5, y + 0.5] == f"{100 * share:.0f}"
     lacking = rows[(rows["impl"] != "sdpa") | (rows["shape.n_kv_heads"] != 4)].drop(columns="binding_roof")
-    figure = FIGURES["fraction_of_roof"].draw(lacking, "zen-2c")
+    figure = FIGURES["fraction_of_roof"](lacking, "zen-2c")
     assert [text.get_text() for text in figure.axes[0].texts].count("–") == 1
     assert not any("can be asked" in text.get_text() for text in figure.texts)
 
@@ -711,7 +711,7 @@ def test_tradeoff_shares_r_and_not_g(drawn: Drawn, rows: pandas.DataFrame) -> No
 
 def test_tradeoff_of_a_machine_that_did_not_train_names_the_one_that_did(rows: pandas.DataFrame) -> None:
     """Loss does not depend on the machine, but its rows come from somewhere."""
-    footer = FIGURES["tradeoff"].draw(rows, "hopper").texts[-1].get_text()
+    footer = FIGURES["tradeoff"](rows, "hopper").texts[-1].get_text()
     assert "time: GPU: Hopper GPU (hopper)" in footer and "loss: CPU: Zen (zen-2c)" in footer
     assert NEW in footer and TRAINED in footer
 

@@ -33,7 +33,7 @@ def rows(trained: list[dict[str, Any]]) -> pandas.DataFrame:
 
 
 def draw(name: str, rows: pandas.DataFrame) -> Figure:
-    return FIGURES[name].draw(rows, "zen-2c")
+    return FIGURES[name](rows, "zen-2c")
 
 
 def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
@@ -180,6 +180,13 @@ def test_recall_counts_the_seeds_of_the_best_rate(rows: pandas.DataFrame) -> Non
             assert lines(axes)[variant] == ([0, 1, 2], pytest.approx(list(means)))
             assert sorted(lines(axes)[f"{variant}, seeds"][1]) == pytest.approx(sorted(100 * mine["accuracy"]))
         assert [label.get_text() for label in axes.get_xticklabels()] == ["5\n64", "11\n128", "23\n256"]
+        assert lines(axes)["guess"] == ([0, 1, 2], pytest.approx([100 / 5, 100 / 11, 100 / 23]))
+
+
+def test_training_says_in_which_dtype_it_multiplied(rows: pandas.DataFrame) -> None:
+    """A card's sweep, trained under autocast, was labelled float32."""
+    assert "· float32 ·" in words(draw("quality", rows))
+    assert "· bfloat16 ·" in words(draw("quality", rows.assign(autocast=True)))
 
 
 def test_uptraining_sets_methods_beside_mha_and_scratch(rows: pandas.DataFrame) -> None:
@@ -232,7 +239,7 @@ def test_every_method_has_a_look() -> None:
 
 def test_published_numbers_are_the_tables() -> None:
     """A digit lost on the way from a paper is quoted from then on; and matched or not must stand at each panel."""
-    figure = FIGURES["published_quality"].draw()
+    figure = FIGURES["published_quality"]()
     gqa, cla, deepseek, llama = figure.axes
     assert {name: (x[0], y[0]) for name, (x, y) in lines(gqa).items()} == {
         "MHA-Large": (0.37, 46.0),

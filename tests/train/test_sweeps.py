@@ -116,9 +116,12 @@ def test_scale_has_four_sizes_at_both_budgets():
     assert found == {(n, g, b, seed): 1 for n in sizes for g in (8, 2, 1) for b in budgets for seed in range(3)}
     for run in runs:
         per_parameter = dict(run.facts)["budget"] == "per-parameter"
-        assert run.recipe.tokens == (4 * sizes[run.recipe.shape.name] if per_parameter else sweeps.SWEEP_TOKENS)
+        share = sizes[run.recipe.shape.name] / sizes["1.1m"] if per_parameter else 1
+        assert run.recipe.tokens == int(share * sweeps.SWEEP_TOKENS)
         (base,) = {one.recipe.peak_rate for one in runs if one.recipe.shape == SIZES[run.recipe.shape.name]}
         assert run.recipe.peak_rate == base
+    assert 3.5 < sweeps.SWEEP_TOKENS / sizes["1.1m"] < 4.5  # tokens of a parameter, where they grow with the size
+    assert len({str(run.training) for run in runs}) == len(runs) - 9  # there both budgets are one training
 
 
 def test_context_is_two_variants_on_windows_of_1024():
@@ -145,7 +148,7 @@ def test_no_two_runs_share_a_key_and_every_parent_is_there():
     assert sweeps.declared(["context", "g-sweep"], TEXT) == runs[:35] + runs[-6:]
     assert keys(sweeps.declared(["uptraining"], TEXT)) == keys(runs[35:74])
     with pytest.raises(InputError, match="unknown experiment 'scales'; did you mean scale"):
-        sweeps.declared(["g-sweep", "scales"], TEXT)
+        sweeps.chosen("g-sweep,scales", SWEEP_SIZE)
 
 
 def test_the_quick_sweep_is_the_same_code_in_a_minute():
