@@ -4,6 +4,7 @@ Every message says what was got, what was expected and what would be valid. The 
 into one line on stderr and exit code 2; any other exception is a bug and keeps its traceback.
 """
 
+import contextlib
 import difflib
 import math
 from collections.abc import Iterable
@@ -58,6 +59,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 

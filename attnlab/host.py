@@ -121,7 +121,7 @@ def _locked(how: int) -> Iterator[None]:
     with open(file):  # closed at the end, and with it the lock
         try:
             fcntl.flock(file, how)
-        except OSError:
+        except BlockingIOError:
             remedy = "wait for it to end, or stop it"
             raise InputError(f"a training or another timing is running on this machine; {remedy}") from None
         yield

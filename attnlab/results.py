@@ -79,13 +79,14 @@ class Run:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._repair()
             self.rows = _read_rows(self.folder / ROWS)
-        except (OSError, InputError) as error:
+        except BlockingIOError:
             holder = _holder(self._file)
             os.close(self._file)
-            if isinstance(error, InputError):
-                raise
             remedy = "wait for it, or give another folder"
             raise InputError(f"{self.folder} is being written by {holder}; {remedy}") from None
+        except BaseException:
+            os.close(self._file)
+            raise
         self._by_key = {row["key"]: row for row in self.rows}
 
     def __enter__(self) -> "Run":

@@ -22,7 +22,8 @@ def one_matrix(projections: tuple[nn.Linear, ...]) -> Tensor:
     where, storage = first.storage_offset(), first.untyped_storage().data_ptr()
     for projection in projections:
         weight = projection.weight
-        if weight.storage_offset() != where + outputs * inputs or weight.untyped_storage().data_ptr() != storage:
+        here = weight.untyped_storage().data_ptr() == storage and weight.storage_offset() == where + outputs * inputs
+        if not here or not weight.is_contiguous():
             break
         outputs += projection.out_features
     else:
@@ -49,7 +50,7 @@ class Addresses:
         )
         if self.seen != _where(parts):
             for part in parts:
-                if len(part) > 1:
+                if isinstance(part[0], nn.Linear):
                     one_matrix(part)
             self.seen, self.array = _where(parts), native.addresses([part[0].weight for part in parts])
         return self.array

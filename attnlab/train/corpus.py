@@ -141,7 +141,8 @@ def load(path: Path) -> Corpus:
 
 
 def read_documents(source: str) -> Iterable[tuple[str, str]]:
-    """(name, text) of every document, by name. Files that are no UTF-8 text are left out and counted in a warning."""
+    """(name, text) of every document, by name. Files that are no UTF-8 text are left out, of a user's own counted in a
+    warning."""
     signs = ("dataset_info.json", "dataset_dict.json")
     if source not in OWN and any((Path(source) / sign).exists() for sign in signs):
         yield from _data_set(source)
@@ -155,7 +156,8 @@ def read_documents(source: str) -> Iterable[tuple[str, str]]:
             path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts)
         ]
     else:
-        paths, root = [Path(name) for name in glob.glob(source, recursive=True)], Path(".")
+        names = [source] if root.is_file() else glob.glob(source, recursive=True)  # a name may hold signs of a glob
+        paths, root = [Path(name) for name in names], Path(".")
     found, strange = 0, []
     for path in sorted(path for path in paths if path.is_file()):
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

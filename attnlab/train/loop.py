@@ -105,7 +105,7 @@ def train(
         optimizer.load_state_dict(found.pop("optimizer"))
         state = found
     curve_at = {round(recipe.steps * (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)}
-    average_from = round((1 - AVERAGED_SHARE) * recipe.steps)
+    average_from = min(round((1 - AVERAGED_SHARE) * recipe.steps), recipe.steps - 1)
     losses: list[Tensor] = []
     began = saved = time.monotonic()
 
@@ -232,7 +232,7 @@ def _write(path: Path, content: dict[str, Any], previous: Path | None = None) ->
     except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk, as a rule
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = getattr(error, "strerror", None) or "no space left"
+        reason = getattr(error, "strerror", None) or f"no space left, or {' '.join(str(error).split())}"
         raise InputError(f"cannot save {path}: {reason}; what was saved before is safe, run again to go on") from None
 
 

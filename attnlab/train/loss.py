@@ -28,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         n, matrix = (targets >= 0).sum(), weight.to(hidden.dtype)
         rows = max(1, (SCORES if hidden.device.type == "cpu" else SCORES_ON_CARD) // len(weight))
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(matrix)
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(matrix, dtype=torch.float32)
         total = torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part, expected = hidden[start : start + rows], targets[start : start + rows, None]
@@ -40,7 +40,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient = scores.sub_(level).exp_().scatter_add_(1, expected, -torch.ones_like(level)).div_(n / counted)
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, matrix, out=to_hidden[start : start + rows])
-            to_weight.addmm_(gradient.T, part)
+            if hidden.dtype == torch.float32:
+                to_weight.addmm_(gradient.T, part)
+            else:  # a sum of 16 bits would be rounded once a block
+                to_weight += gradient.T @ part
         ctx.save_for_backward(to_hidden, to_weight.to(weight.dtype))
         return total / n
 

@@ -1,4 +1,4 @@
-"""A sweep: a declared set of training runs, each a key; two one-thread runs side by side, resumable, rows as they end.
+"""A sweep: a declared set of training runs, each a key; one-thread runs side by side, resumable, rows as they end.
 
 Arms of one seed share initial weights and data order, so that differences to MHA can be taken seed by seed
 (``attnlab.effects`` says what they can show). What is declared lies in ``train/sweeps.py``.
@@ -92,7 +92,9 @@ def run_sweep(
     with Run(folder) as rows, host.training():
         rows.plan(key for planned in runs for key in planned.row_keys())
         waiting = [planned for planned in runs if any(key not in rows for key in planned.row_keys())]
-        weights = {run.parent: folder / "models" / f"{run.parent.key}.pt" for run in runs if run.parent}
+        weights: dict[Planned | None, Path] = {
+            run.parent: folder / "models" / f"{run.parent.key}.pt" for run in runs if run.parent
+        }
         # a parent whose weights are not there is trained again, to the same ones, even if its row is
         needed = dict.fromkeys(run.parent for run in waiting if run.parent and not weights[run.parent].exists())
         waiting = [*(parent for parent in needed if parent not in waiting), *waiting]
@@ -109,14 +111,12 @@ def run_sweep(
                     if any(run.training == planned.training for run in pending.values()):
                         continue
                     waiting.remove(planned)
-                    keeps = _is_parent(planned, runs)
-                    if not keeps and (same := _trained_already(planned, rows.rows)):
+                    keep, start = weights.get(planned), weights.get(planned.parent)
+                    if keep is None and (same := _trained_already(planned, rows.rows)):
                         named = {"key": planned.key, "copy_of": same["key"]}
                         rows.append(planned.key, same | planned.configuration | named)
                         continue
                     checkpoint = folder / "checkpoints" / f"{planned.key}.pt"
-                    start = weights[planned.parent] if planned.parent else None
-                    keep = folder / "models" / f"{planned.key}.pt" if keeps else None
                     pending[pool.submit(_work, planned, checkpoint, start, keep, device)] = planned
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -130,7 +130,7 @@ def run_sweep(
                         waiting = [run for run in waiting if run.parent != planned]
                 _drain(progress, report)
             for parent, path in weights.items():
-                if path.exists() and isinstance(parent.task, Corpus):
+                if parent and path.exists() and isinstance(parent.task, Corpus):
                     for row in conversion_rows(_loaded(parent, path), parent.task):
                         key = row_key({"parent": parent.key, "method": row["method"], "head": row["head"]})
                         if key not in rows:
@@ -148,10 +148,6 @@ def _trained_already(planned: Planned, rows: list[dict[str, Any]]) -> dict[str, 
     if planned.parent is not None:
         return None
     return next((row for row in rows if "parent" not in row and all(row.get(n) == wanted[n] for n in wanted)), None)
-
-
-def _is_parent(planned: Planned, runs: list[Planned]) -> bool:
-    return any(run.parent == planned for run in runs)
 
 
 def _rows(planned: Planned, facts: dict[str, Any], result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,8 +209,9 @@ def _work(planned: Planned, checkpoint: Path, start: Path | None, keep: Path | N
     recipe, began, before = planned.recipe, time.monotonic(), 0
 
     def on_step(step: int, loss: float) -> None:
-        nonlocal before
-        before = before or step
+        nonlocal before, began
+        if not before:  # what came before is start-up, and steps of another day
+            before, began = step, time.monotonic()
         seconds = (time.monotonic() - began) / max(1, step - before)
         speed = recipe.batch * recipe.context / seconds
         left = (recipe.steps - step) * seconds / 60

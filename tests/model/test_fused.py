@@ -98,6 +98,17 @@ def test_gradients_and_other_implementations_pass_it_by(monkeypatch: pytest.Monk
     assert model(tokens[:, :1], model.new_cache(2, 3)).requires_grad
 
 
+def test_weights_that_do_not_lie_row_by_row_give_the_same_logits() -> None:
+    """Transposed storage, as some loaders leave it, was read as if it were not: other logits, without a word."""
+    model, tokens = model_of(torch.float32), torch.randint(23, (1, 12))
+    expected = logits(copy.deepcopy(model), tokens, "grouped")[0]
+    for block in model.layers:
+        for part in (block.self_attn.q_proj, block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.down_proj):
+            part.weight.data = part.weight.data.T.contiguous().T
+    for impl in ("grouped", "auto"):
+        torch.testing.assert_close(logits(model, tokens, impl)[0], expected)
+
+
 def test_a_full_cache_is_refused_before_anything_is_written() -> None:
     """The loop writes where it is told: past the end it is somebody else's memory."""
     model = model_of(torch.float32)

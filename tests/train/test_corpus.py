@@ -135,6 +135,8 @@ def test_what_is_read(tmp_path, monkeypatch):
         ("lib/site-packages/torch/d.py", "d"),
     ]
     assert list(read_documents("lib/e.txt")) == [("lib/e.txt", "e")]
+    write(tmp_path, {"f[1].txt": "signs of a glob in the name of a file that is there"})
+    assert [name for name, _ in read_documents("f[1].txt")] == ["f[1].txt"]
 
 
 @pytest.mark.slow

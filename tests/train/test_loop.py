@@ -236,6 +236,13 @@ def test_a_diverged_run_says_at_which_step(steps, said):
 # --- initial values ---------------------------------------------------------------------------------------------------
 
 
+def test_the_shortest_run_is_judged_by_what_it_trained():
+    """Of two steps none lay in the last fifth, over which weights are averaged: the loss told was that of the weights
+    before the first step."""
+    found = train(replace(RECIPE, tokens=2 * 3 * 7), Letters())
+    assert found["nats"] == found["nats_raw"] != Letters().evaluate(initial(SHAPE, 3), 7, True)["nats"]
+
+
 def test_arms_of_one_seed_share_weights_and_data():
     """Differences to MHA are taken seed by seed: with other weights or data per arm the pairing removes nothing. What
     is narrower has the first rows (KV heads, FFN) of what is wider, though torch draws 16 numbers at a time and no
