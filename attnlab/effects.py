@@ -77,12 +77,11 @@ def effects(rows: "pandas.DataFrame", experiment: str | None = None) -> list[Eff
         n = len(difference)
         if n < 2:
             continue
-        mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
-        half = student_t(0.975, n - 1) * error
-        needed = student_t(1 - 0.025 / len(arms), n - 1) * error
+        mean, half = float(difference.mean()), half_width(difference)
+        needed = half_width(difference, 1 - 0.025 / len(arms))
         resampled = numpy.random.default_rng(0).choice(difference, (2_000, n)).mean(axis=1)
         low, high = map(float, numpy.quantile(resampled, (0.025, 0.975)))
-        smallest = needed + student_t(0.8, n - 1) * error
+        smallest = needed + half_width(difference, 0.8)
         numbers = (n, mean, half, needed, (low, high), smallest, verdict(mean, needed, margin))
         found.append(Effect(g, variant_name(heads, g), arm, *numbers, tuple(difference)))
     if not found:
@@ -150,18 +149,19 @@ def _paired(
     return heads, base, {name: (loss[name] - base).dropna() for name in arms}
 
 
+def half_width(values: "Sequence[float] | pandas.Series[float]", probability: float = 0.975) -> float:
+    """Of the interval of the mean of ``values`` that leaves out 1 - ``probability`` at either side."""
+    import numpy
+
+    return student_t(probability, len(values) - 1) * float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
+
+
 @functools.cache
 def student_t(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution, by bisection on its integrated density (Simpson's rule)."""
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    """Quantile of Student's t distribution. With t = √ν · tan θ its density over θ is cos(θ)^(ν - 1), here summed in
+    small steps."""
+    import numpy
 
-    def below(t: float, panels: int = 2000) -> float:
-        width = t / panels
-        density = [scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(panels + 1)]
-        return 0.5 + width / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2]))
-
-    low, high = 0.0, 1000.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < probability else (low, middle)
-    return high
+    edges = numpy.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    below = numpy.append(0, numpy.cumsum(numpy.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1)))
+    return math.sqrt(freedom) * math.tan(float(numpy.interp(probability, below / below[-1], edges)))

@@ -65,7 +65,7 @@ def arms(also: Sequence[str] = ()) -> list[str]:
 def named_peers(text: str) -> list[str]:
     """The peers that ``text`` names, with commas between, or "all" of them. Raises ``InputError`` on another name."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    return peers() if names == ["all"] else [check_choice("peer", name, ["all", *peers()]) for name in names]
+    return peers() if names == ["all"] else [check_choice("peer", name, peers()) for name in names]
 
 
 def explore(
@@ -82,7 +82,7 @@ def explore(
     total = len(proofs) + len(caches) + len(points)
     tell = progress or (lambda *_: None)
     tell("roofs of this machine", 0, total)
-    machine = _machine(run, device, facts["machine"], dtypes)
+    machine = machine_of(run, device, facts["machine"], dtypes)
     run.plan(planned(points, device, also))
     for done, (impl, dtype) in enumerate(proofs):
         tell(f"correctness {impl} {dtype}", done, total)
@@ -115,7 +115,9 @@ def planned(points: list[Point], device: str, also: Sequence[str] = ()) -> list[
     return [row_key(configuration) for configuration in (*proofs, *caches, *calls)]
 
 
-def _machine(run: Run, device: str, name: str, dtypes: tuple[str, ...]) -> Machine:
+def machine_of(run: Run, device: str, name: str, dtypes: tuple[str, ...]) -> Machine:
+    """The machine as it was measured when ``run`` began, measured now if it has not. Raises ``InputError`` if that was
+    another than ``name``."""
     path = run.folder / MACHINE
     if not path.exists():
         measure_machine(device, dtypes).save(path)

@@ -1,6 +1,7 @@
 """Rows of whole-model decoding, set side by side: ours beside transformers', cell by cell; without torch."""
 
 import math
+from statistics import geometric_mean
 
 import pandas
 from rich.table import Table
@@ -26,11 +27,6 @@ def ratios(rows: pandas.DataFrame) -> pandas.DataFrame:
     return ours.reset_index()
 
 
-def geometric_mean(values: "pandas.Series[float]") -> float:
-    """Of the numbers among ``values``; not a number if there is none."""
-    return math.exp(values.dropna().map(math.log).mean())
-
-
 def summary(cells: pandas.DataFrame) -> list[str]:
     """Sentences on ``ratios``: geometric mean and worst cell against each cache, and how well time was predicted."""
     lines = []
@@ -41,9 +37,10 @@ def summary(cells: pandas.DataFrame) -> list[str]:
         long = some[some["context"] >= LONG]
         worst = some.nsmallest(1, name).iloc[0]
         what = "the first token" if name == "first" else f"a step with transformers' {name} cache"
+        far = "" if long.empty else f", {geometric_mean(long[name]):.2f} at {LONG} tokens and more"
         lines.append(
             f"{what} takes {geometric_mean(some[name]):.2f} times as long as here (geometric mean of {len(some)} "
-            f"cells, {geometric_mean(long[name]):.2f} at {LONG} tokens and more), at least {worst[name]:.2f}: "
+            f"cells{far}), at least {worst[name]:.2f}: "
             f"{worst['shape.name']} {worst['variant']} {worst['dtype']}, batch {worst['batch']:.0f}, context "
             f"{worst['context']:.0f}."
         )

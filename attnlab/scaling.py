@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnlab.effects import student_t
+from attnlab.effects import half_width
 from attnlab.errors import InputError, check_choice
 from attnlab.shapes import variant_name
 
@@ -103,8 +103,7 @@ def scale_worth(rows: "pandas.DataFrame", budget: str) -> tuple[PowerLaw, list[W
         raise InputError("loss does not fall with size here, so no number of parameters makes up for a variant")
 
     def interval(values: Any) -> tuple[float, tuple[float, float]]:
-        mean = values.mean()
-        half = student_t(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+        mean, half = values.mean(), half_width(values)
         return math.expm1(mean), (math.expm1(mean - half), math.expm1(mean + half))
 
     params, found = (rows["n_params"] / rows["size"] - 1).groupby([rows["variant"], rows["arm"]]).mean(), []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas
 from rich.table import Table
 
-from attnlab.effects import EQUAL, effects, spreads, student_t, too_few, verdict
+from attnlab.effects import EQUAL, effects, half_width, spreads, too_few, verdict
 from attnlab.errors import InputError
 from attnlab.predict.time import training_flops
 from attnlab.report import PLAIN, columns
@@ -167,7 +167,7 @@ def recall(rows: pandas.DataFrame) -> Table:
     nothing = pandas.Series(dtype=float)
     for key, accuracy in found.items():
         lost = (accuracy.get(names[0], nothing) - accuracy.get(names[-1], nothing)).dropna()
-        half = _half(lost, 1 - 0.025 / len(found)) if len(lost) > 1 else math.inf
+        half = half_width(lost, 1 - 0.025 / len(found)) if len(lost) > 1 else math.inf
         said = verdict(float(lost.mean()), half, EQUAL) if len(lost) > 1 else "too few seeds"
         cells = (interval(accuracy.get(name, nothing), "", 3) for name in names)
         table.add_row(*(f"{number:.0f}" for number in key), *cells, interval(lost, "+", 3), said)
@@ -245,11 +245,7 @@ def interval(values: "pandas.Series[float]", sign: str = "+", digits: int = 4) -
     if values.empty:
         return "–"
     said = f"{values.mean():{sign}.{digits}f}"
-    return f"{said} ± {_half(values, 0.975):.{digits}f}" if len(values) > 1 else said
-
-
-def _half(values: "pandas.Series[float]", probability: float) -> float:
-    return student_t(probability, len(values) - 1) * float(values.std()) / math.sqrt(len(values))
+    return f"{said} ± {half_width(values):.{digits}f}" if len(values) > 1 else said
 
 
 def _named(rows: pandas.DataFrame, experiment: str) -> pandas.DataFrame:

@@ -14,10 +14,10 @@ import torch
 from attnlab import host
 from attnlab.attention import auto, implementations
 from attnlab.errors import InputError, write_whole
-from attnlab.explore import new_inputs
-from attnlab.measure import Point, measure_machine, measure_point, refreshed
+from attnlab.explore import machine_of, new_inputs
+from attnlab.measure import Point, measure_point, refreshed
 from attnlab.native import capability
-from attnlab.results import MACHINE, Run, row_key
+from attnlab.results import Run, row_key
 
 # No contenders: the oracle, and what sharing heads is compared with.
 CONTENDERS = [name for name in implementations() if name not in ("reference", "expanded")]
@@ -41,8 +41,7 @@ def tune(run: Run, device: str, progress: Callable[[str, int, int], None]) -> No
     facts, grid = host.describe(device), points()
     keys = {(p, arm): row_key(p.configuration(arm, device)) for p, arm in itertools.product(grid, CONTENDERS)}
     run.plan(keys.values())
-    inputs, machine = new_inputs(facts), measure_machine(device, DTYPES)
-    machine.save(run.folder / MACHINE)
+    inputs, machine = new_inputs(facts), machine_of(run, device, facts["machine"], DTYPES)
     roofs = {dtype: refreshed(machine, dtype) for dtype in DTYPES}
     for done, point in enumerate(grid):
         progress(point.label, done, len(grid))

@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "normal quantile for three seeds",
         "effects.py",
-        "half = student_t(0.975, n - 1) * error",
-        "half = 1.96 * error",
+        "return student_t(probability, len(values) - 1) *",
+        "return {0.975: 1.96}.get(probability, student_t(probability, len(values) - 1)) *",
         "test_effects.py::test_an_example_by_hand",
     ),
     Mutant(
@@ -303,7 +303,7 @@ MUTANTS = [
     Mutant(
         "each arm judged as if it were the only one",
         "effects.py",
-        "needed = student_t(1 - 0.025 / len(arms), n - 1) * error",
+        "needed = half_width(difference, 1 - 0.025 / len(arms))",
         "needed = half",
         "test_effects.py::test_one_lucky_arm_among_several_has_no_verdict",
     ),

@@ -353,6 +353,8 @@ def test_ours_stands_beside_the_quickest_of_the_others() -> None:
         ["float32", "MHA", "7", "1e+03", "ms", "4e+03", "ms", "2e+03", "ms", "50%"],
         ["float32", "GQA-2", "7", "1e+03", "ms", "8e+03", "ms", "9e+03", "ms", "50%"],
     ]
+    table, _ = arms(rows.assign(picked=["grouped", *rows["picked"][1:]]))  # picked there, a rival elsewhere
+    assert ["float32", "GQA-2", "7", "1e+03", "ms", "1e+03", "ms", "8e+03", "ms", "9e+03", "ms", "50%"] in lines(table)
     assert said == (
         "The quickest other implementation takes 2.00 times as long as ours (geometric mean of 3 points), at least "
         "0.50: MHA float32, context 7, batch 4."

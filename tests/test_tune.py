@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnlab import host, tune
+from attnlab import explore, host, tune
 from attnlab.attention import attend, auto, picked
 from attnlab.errors import InputError
 from attnlab.measure import Point, clock
@@ -28,7 +28,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A tuning of four small points, finished. Its times are not looked at."""
     monkeypatch.setattr(clock, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(tune, "points", lambda: FEW)
-    monkeypatch.setattr(tune, "measure_machine", roofs)
+    monkeypatch.setattr(explore, "measure_machine", roofs)
     monkeypatch.setattr(tune, "refreshed", lambda machine, *_: machine)
     with Run(tmp_path / "run") as run:
         tune.tune(run, "cpu", lambda *_: None)
@@ -46,6 +46,18 @@ def test_every_contender_is_timed_at_every_point(run: Run) -> None:
     for entry in found:
         rows = {r["impl"]: r for r in run.rows if r["kind"] == entry["kind"] and r["status"] == "ok"}
         assert set(entry["seconds"]) <= set(rows) and {"grouped", "sdpa"} <= set(entry["seconds"])
+
+
+def test_a_tuning_gone_on_with_is_of_the_machine_it_began_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roofs measured anew at every start were written over those that the rows were judged by; and a folder carried
+    to another machine went on there, under one name."""
+    monkeypatch.setattr(explore, "measure_machine", lambda *_: pytest.fail("measured again"))
+    with Run(run.folder) as again:
+        tune.tune(again, "cpu", lambda *_: None)
+        there = host.describe("cpu") | {"machine": "another"}
+        monkeypatch.setattr(host, "describe", lambda device: there)
+        with pytest.raises(InputError, match=r"was begun on .*, this is another"):
+            tune.tune(again, "cpu", lambda *_: None)
 
 
 def test_the_table_decides_what_auto_takes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
