@@ -15,7 +15,7 @@ USED_INDEX := $(shell cat $(READY) 2>/dev/null)
 TORCH_INDEX ?= $(USED_INDEX)
 
 .DEFAULT_GOAL := help
-.PHONY: help explore test check bench gpu-jobs figures lab lint slow mutants drift FORCE
+.PHONY: help explore test check bench gpu-jobs figures lab lint slow browser mutants drift FORCE
 # One target at a time, whatever -j says: they share one .venv, and a timing must have the machine to itself.
 .NOTPARALLEL:
 
@@ -34,7 +34,7 @@ explore: $(READY)  ## measure this machine, predict, draw (about 4 minutes; afte
 test: $(READY)  ## the fast tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: lint slow mutants drift  ## everything slower: lint, slow tests, mutants, drift
+check: lint slow browser mutants drift  ## everything slower: lint, slow tests, the page, mutants, drift
 
 bench: $(READY)  ## the pytest-benchmark suites on their quick grid
 	@$(BIN)/python -m pytest --benchmark-only $(ARGS)
@@ -43,7 +43,7 @@ gpu-jobs: $(READY)  ## what to measure on a CUDA machine: commands, and what is 
 	@$(BIN)/python -m bench.gpu_jobs
 
 figures: $(READY)  ## redraw figures/ from the published rows
-	@$(BIN)/attnlab figures
+	@$(BIN)/attnlab figures && $(BIN)/attnlab page
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/python -m jupyter lab notebooks
@@ -56,11 +56,19 @@ lint: $(READY)  ## ruff check, ruff format --check, mypy
 slow: $(READY)  ## the slow tests alone
 	@$(BIN)/python -m pytest -m slow
 
+browser: $(READY)  ## the explorer in a real browser; installs Chromium where apt-get may
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c .venv/constraints.txt -e '.[browser]'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	{ echo "attnlab: error: the page's tests need Chromium: sudo apt-get install chromium" >&2; exit 2; }
+	@$(BIN)/python -m pytest -m browser
+
 mutants: $(READY)  ## break the code on purpose, one way at a time: a test must turn red for each
 	@$(BIN)/python tests/mutants.py
 
 drift: $(READY)  ## are figures/ byte for byte what the published rows draw?
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(BIN)/attnlab figures --out "$$fresh" >/dev/null && \
+	$(BIN)/attnlab page --out "$$fresh/explorer.html" >/dev/null && \
 	if diff -rq figures "$$fresh"; then echo "figures/ is what the published rows draw"; \
 	else echo "figures/ is not what the published rows draw: run 'make figures', look at the change, commit it" >&2; exit 1; fi
 

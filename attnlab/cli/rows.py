@@ -47,6 +47,19 @@ def figures(
         print(path)
 
 
+@app.command()
+def page(
+    results: Annotated[Path | None, typer.Option(help="Rows to show; the published ones unless given.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("figures/explorer.html"),
+) -> None:
+    """Write the explorer: one HTML file that predicts for any shape and shows what was measured."""
+    from attnlab.page import write
+    from attnlab.results import load_results
+
+    write(load_results(results), out)
+    print(out)
+
+
 @results_app.command("publish")
 def results_publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
