@@ -191,7 +191,7 @@ def uptraining(rows: pandas.DataFrame, machine: str) -> Figure:
     near = pandas.concat([late, scratch["bits_per_byte"]])
     pad = 0.1 * (near.max() - near.min()) or 0.01
     grid[1, 0].set_ylim(near.min() - pad, near.max() + pad)
-    style.log_axis(grid[0, 0], "y", [1, 1.5, 2, 3, 4, 6, 8, 12])
+    style.log_axis(grid[0, 0], "y", MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(*grid[0, 0].get_ylim()))
     for axes in grid[:, -1]:
         style.label_ends(axes, named)
     for axes in grid[:, 0]:
