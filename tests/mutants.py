@@ -296,8 +296,8 @@ MUTANTS = [
     Mutant(
         "implausible rows drawn",
         "plots/rows.py",
-        '    chosen = chosen[chosen["status"] == "ok"]\n',
-        "",
+        ' & (rows["status"] == "ok")]',
+        "]",
         "plots/test_figures.py::test_what_did_not_end_well_is_not_drawn",
     ),
     Mutant(
@@ -653,8 +653,8 @@ MUTANTS = [
     Mutant(
         "memory at the end of a call taken for its peak",
         "measure/memory.py",
-        "    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))",
-        "    return sum(event.nbytes() for event in events)",
+        "max(itertools.accumulate((event.nbytes() for event in events), initial=0))",
+        "sum(event.nbytes() for event in events)",
         "measure/test_memory.py::test_allocations_are_counted_to_the_byte",
     ),
     Mutant(
