@@ -51,6 +51,19 @@ class Spread:
     paired: float
 
 
+def finished(rows: "pandas.DataFrame", experiment: str, machine: str | None = None) -> "pandas.DataFrame":
+    """The finished rows of ``experiment`` in the newest run (of ``machine``) that has any, sizes as int. Raises
+    ``InputError`` if there are none."""
+    found = rows[(rows.get("experiment", rows["kind"]) == experiment) & (rows["status"] == "ok")]
+    found = found if machine is None else found[found["machine"] == machine]
+    if found.empty:
+        said = f" of {machine}" if machine else ""
+        raise InputError(f"no {experiment} rows{said} are finished; let their sweep go on")
+    found = found[found["run"] == found["run"].max()]
+    # Beside rows without a shape pandas holds sizes as floats; beside conversions', whose tokens are words, as objects.
+    return found.infer_objects().astype(dict.fromkeys(("shape.n_kv_heads", "shape.n_heads", "seed"), int))
+
+
 def effects(rows: "pandas.DataFrame", experiment: str | None = None) -> list[Effect]:
     """One ``Effect`` per (G, arm) of finished quality rows of one ``experiment`` (None: they hold but one), G
     descending; arms of fewer than two pairs are left out, and named by ``too_few``.

@@ -17,14 +17,14 @@ from attnlab.errors import InputError, check_choice, check_positive, check_size,
 
 # Bytes of one element. The 8-bit names count a quantised cache (`--kv-dtype`); no model here computes in them.
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
-_DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-_DTYPE_ALIASES |= dict.fromkeys(("fp8", "float8_e4m3fn", "float8_e5m2"), "float8")
+DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+DTYPE_ALIASES |= dict.fromkeys(("fp8", "float8_e4m3fn", "float8_e5m2"), "float8")
 
 
 def dtype_name(dtype: object) -> str:
     """Canonical name of a dtype given as a string ("bfloat16", "bf16") or a ``torch.dtype``."""
     name = str(dtype).removeprefix("torch.")
-    return check_choice("dtype", _DTYPE_ALIASES.get(name, name), ELEMENT_BYTES)
+    return check_choice("dtype", DTYPE_ALIASES.get(name, name), ELEMENT_BYTES)
 
 
 def element_bytes(dtype: object) -> int:

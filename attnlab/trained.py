@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas
 from rich.table import Table
 
-from attnlab.effects import EQUAL, effects, half_width, spreads, too_few, verdict
+from attnlab.effects import EQUAL, effects, finished, half_width, spreads, too_few, verdict
 from attnlab.errors import InputError
 from attnlab.predict.time import training_flops
 from attnlab.report import PLAIN, columns
@@ -250,11 +250,8 @@ def interval(values: "pandas.Series[float]", sign: str = "+", digits: int = 4) -
 
 def _named(rows: pandas.DataFrame, experiment: str) -> pandas.DataFrame:
     """The finished rows of ``experiment`` with their ``variant``, G descending."""
-    done = rows[(rows["experiment"] == experiment) & (rows["status"] == "ok")]
-    if done.empty:
-        raise InputError(f"no finished rows of experiment {experiment}; let it go on")
-    heads = done["shape.n_heads"].astype(int), done["shape.n_kv_heads"].astype(int)
-    done = done.assign(variant=list(map(variant_name, *heads)))
+    done = finished(rows, experiment)
+    done = done.assign(variant=list(map(variant_name, done["shape.n_heads"], done["shape.n_kv_heads"])))
     return done.sort_values("shape.n_kv_heads", ascending=False, kind="stable")
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas
 
-from attnlab.effects import effects
+from attnlab.effects import effects, finished
 from attnlab.errors import InputError, write_whole
 from attnlab.predict.machine import RATED_HEAD_DIMS, Machine, published_machines
 from attnlab.predict.time import CALLS_PER_LAYER, OVERLAP
 from attnlab.results import MACHINE, PUBLISHED, headline, newest
-from attnlab.shapes import _DTYPE_ALIASES, ELEMENT_BYTES, ModelShape, published_names
+from attnlab.shapes import DTYPE_ALIASES, ELEMENT_BYTES, ModelShape, published_names
 
 _HERE = Path(__file__).parent
 _SHAPE = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "tied_embeddings")
@@ -49,7 +49,7 @@ def facts(rows: pandas.DataFrame, published: Path = PUBLISHED) -> dict[str, Any]
             name: {field: getattr(shape, field) for field in (*_SHAPE, "max_context")} for name, shape in shapes.items()
         },
         "element_bytes": ELEMENT_BYTES,
-        "dtype_aliases": _DTYPE_ALIASES,
+        "dtype_aliases": DTYPE_ALIASES,
         "cards": {name: asdict(Machine.published(name)) for name in published_machines()},
         "measured": {one["machine"]["name"]: one for one in measured if one},
         "headline": headline(),
@@ -79,11 +79,10 @@ def _measured(rows: pandas.DataFrame, machine: str, published: Path) -> dict[str
 
 def _quality(rows: pandas.DataFrame) -> dict[str, Any] | None:
     """The newest g-sweep's differences to MHA, by R = H / G."""
-    sweep = rows[(rows.get("experiment", rows["kind"]) == "g-sweep") & (rows["status"] == "ok")]
-    sweep = sweep[sweep["run"] == sweep["run"].max()]
     try:
+        sweep = finished(rows, "g-sweep")
         found = effects(sweep)
-    except (InputError, KeyError):
+    except InputError:
         return None
     first, heads = sweep.iloc[0], int(sweep["shape.n_heads"].iloc[0])
     base = sweep[sweep["shape.n_kv_heads"] == sweep["shape.n_heads"]]

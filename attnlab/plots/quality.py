@@ -11,25 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from attnlab.effects import UNRESOLVED, Effect, effects, too_few
+from attnlab.effects import UNRESOLVED, Effect, effects, finished, too_few
 from attnlab.errors import InputError
 from attnlab.plots import style
 from attnlab.plots.rows import GROUPS, best_arm, source, timed
-from attnlab.results import newest
 from attnlab.shapes import variant_name
 
 _OFFSETS = {"plain": 0.17, "matched": -0.17}  # of a row's height, above and below its middle
-
-
-def finished(rows: pandas.DataFrame, experiment: str, machine: str) -> pandas.DataFrame:
-    """The finished rows of ``experiment`` in the newest run of ``machine`` that has any, G as int. Raises
-    ``InputError`` if there are none."""
-    found = rows[rows.get("experiment", rows["kind"]) == experiment]
-    found = newest(found[found["status"] == "ok"], "quality", machine)
-    if found.empty:
-        raise InputError(f"no {experiment} rows of {machine} ended well")
-    # Beside rows of conversions, whose tokens are words, pandas holds numbers of tokens as objects.
-    return found.infer_objects().astype({GROUPS: int, "shape.n_heads": int, "seed": int})
 
 
 def seeds(rows: pandas.DataFrame, columns: list[str]) -> str:

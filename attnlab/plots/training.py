@@ -13,9 +13,10 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from attnlab.effects import finished
 from attnlab.errors import InputError
 from attnlab.plots import style
-from attnlab.plots.quality import estimate, finished, seeds
+from attnlab.plots.quality import estimate, seeds
 from attnlab.plots.rows import GROUPS, commonest, few, source
 from attnlab.results import newest
 from attnlab.scaling import SIZE, scale_worth

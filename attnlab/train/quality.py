@@ -206,16 +206,18 @@ def _leave_with_parent() -> None:
 
 
 def _work(planned: Planned, checkpoint: Path, start: Path | None, keep: Path | None, device: str) -> dict[str, Any]:
-    recipe, began, before = planned.recipe, time.monotonic(), 0
+    recipe, first = planned.recipe, (0, 0.0)
 
     def on_step(step: int, loss: float) -> None:
-        nonlocal before, began
-        if not before:  # what came before is start-up, and steps of another day
-            before, began = step, time.monotonic()
-        seconds = (time.monotonic() - began) / max(1, step - before)
-        speed = recipe.batch * recipe.context / seconds
-        left = (recipe.steps - step) * seconds / 60
-        _progress.put((planned.label, step, recipe.steps, loss, f"{speed:,.0f} tokens/s, {left:.0f} min left"))
+        nonlocal first
+        now, said = time.monotonic(), "starting"
+        if not first[0]:  # what came before is start-up, and steps of another day
+            first = step, now
+        else:
+            seconds = (now - first[1]) / (step - first[0])
+            left = (recipe.steps - step) * seconds / 60
+            said = f"{recipe.batch * recipe.context / seconds:,.0f} tokens/s, {left:.0f} min left"
+        _progress.put((planned.label, step, recipe.steps, loss, said))
 
     model = None
     if start is not None and planned.parent is not None:

@@ -302,7 +302,7 @@ def test_absent_rows_are_said_and_not_drawn_empty(rows: pandas.DataFrame, tmp_pa
         "decode_groups is not drawn: there are no rows",
         "quality is not drawn: there are no rows",
         "quality is not drawn: there are no rows",
-        "quality.hopper is not drawn: no g-sweep rows of hopper ended well",
+        "quality.hopper is not drawn: no g-sweep rows of hopper are finished; let their sweep go on",
         "decode_batch.hopper is not drawn: decode rows of hopper have one batch B (sequences) only, a curve needs two",
         "tradeoff.zen-2c is not drawn: no decode rows of zen-2c ended well",
     ]
