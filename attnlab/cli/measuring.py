@@ -67,6 +67,24 @@ def prove_memory(device: Device = "auto", runs: Runs = RUNS, fresh: Fresh = Fals
 
 
 @app.command()
+def flow(runs: Runs = RUNS, fresh: Fresh = False) -> None:
+    """Record the size of every tensor in one decode step, with 8, 2 and 1 KV heads."""
+    from rich.table import Table
+
+    from attnlab import report
+    from attnlab.measure.flow import fill
+    from attnlab.results import load_results
+
+    with filling("cpu", "flow", runs, fresh, math.inf, alone=False) as (run, _):
+        fill(run)
+    table = Table(*report.columns(("variant", "tensor"), ("size", "bytes")), **report.PLAIN)
+    for row in load_results(run.folder).to_dict("records"):
+        table.add_row(row["variant"], row["tensor"], str(row["dims"]), f"{row['bytes']:,}")
+    show(table)
+    print(ending(run))
+
+
+@app.command()
 def generation(
     device: Device = "auto",
     dtypes: Dtypes = "float32,bfloat16",

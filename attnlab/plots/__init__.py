@@ -19,14 +19,15 @@ from attnlab.plots.quality import quality, quality_curves, tradeoff
 from attnlab.plots.roofline import prediction, roofline
 from attnlab.plots.speed import decode_batch, decode_context, decode_groups, speedup_over_expanded
 from attnlab.plots.style import save
+from attnlab.plots.teaching import attention_flow, cache_growth, head_map, rope_pairs
 from attnlab.plots.training import conversion, recall, scale_vs_variant, uptraining
-from attnlab.plots.variants import variants
 
-FROM_SHAPES = (variants, kv_memory, capacity, published_quality)
+FROM_SHAPES = (head_map, rope_pairs, cache_growth, kv_memory, capacity, published_quality)
 FIGURES: dict[str, Callable[..., Figure]] = {
     draw.__name__: draw
     for draw in (
         *FROM_SHAPES,
+        attention_flow,
         *(decode_groups, decode_context, decode_batch, speedup_over_expanded, fraction_of_roof, roofline, prediction),
         *(generation, time_per_group, five_ways_it_goes_wrong),
         *(quality, quality_curves, scale_vs_variant, recall, uptraining, conversion, tradeoff),

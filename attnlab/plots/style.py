@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from attnlab.errors import InputError
+from attnlab.plots import motion
 
 WIDTH, DPI = 8.0, 150
 PAPER, INK, MUTED, GRID = "#FFFDF8", "#222222", "#6B675E", "#E8E3D8"
@@ -133,20 +134,33 @@ def canvas(title: str, subtitle: str, footer: str, height: float, **subplots: An
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write ``stem``.svg and ``stem``.png; raises ``InputError`` where that is not possible."""
-    written = []
+    """Write ``stem``.svg and ``stem``.png, of one that moves also ``stem``.gif; raises ``InputError`` where that is not
+    possible."""
     _settle(figure)
-    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-        path, drawn = stem.with_name(f"{stem.name}.{kind}"), io.BytesIO()
-        with matplotlib.style.context(["default", _SETTINGS]):
-            figure.savefig(drawn, format=kind, dpi=DPI, metadata=metadata)
+    count = motion.frames(figure)
+    with matplotlib.style.context(["default", _SETTINGS]):
+        svg = _drawn(figure, "svg", {"Date": None, "Creator": None})
+        files = {"svg": svg if count == 1 else motion.moved(svg.decode(), count).encode()}
+        if count > 1:
+            files["gif"] = motion.gif(figure, count, 2 * DPI // 3)
+        motion.show(figure, count - 1)
+        files["png"] = _drawn(figure, "png", {"Software": None})
+    written = []
+    for kind, content in files.items():
+        path = stem.with_name(f"{stem.name}.{kind}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(drawn.getvalue())
+            path.write_bytes(content)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
         written.append(path)
     return written
+
+
+def _drawn(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=DPI, metadata=metadata)
+    return drawn.getvalue()
 
 
 def _settle(figure: Figure) -> None:

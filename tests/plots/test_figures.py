@@ -127,10 +127,37 @@ def mistake_rows(machine: dict[str, str]) -> Iterator[dict[str, Any]]:
         }
 
 
+def flow_rows(machine: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Two tensors of one step, of which only K knows G."""
+    for (number, (name, of)), g in itertools.product(enumerate((("q", lambda g: H), ("K", lambda g: 31 * g))), GROUPS):
+        yield machine | {
+            "schema": 1,
+            "run": NEW,
+            "key": f"f{number}{g}",
+            "kind": "flow",
+            "status": "ok",
+            "shape": {"n_heads": H, "n_kv_heads": g, "head_dim": D, "dim": 101},
+            "variant": variant_name(H, g),
+            "batch": 1,
+            "context": 31,
+            "dtype": "float32",
+            "order": number,
+            "tensor": name,
+            "dims": [1, of(g), D],
+            "bytes": 4 * of(g) * D,
+        }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, trained: list[dict[str, Any]]) -> Path:
     """Runs of two machines: an old and a new one of zen-2c, which also trained; one of hopper, without training."""
-    rows = [*speed_rows(NEW, ZEN), *model_rows(ZEN), *mistake_rows(ZEN), *speed_rows(OLD, ZEN, slower=1000)]
+    rows = [
+        *speed_rows(NEW, ZEN),
+        *model_rows(ZEN),
+        *mistake_rows(ZEN),
+        *flow_rows(ZEN),
+        *speed_rows(OLD, ZEN, slower=1000),
+    ]
     rows += [*trained, *speed_rows(NEW, HOPPER)]
     for row in rows:
         if row["impl" if "impl" in row else "kind"] == "sdpa" and row["context"] == 257 and row["run"] == NEW:
@@ -172,7 +199,10 @@ def drawn(rows: pandas.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> D
         letters.clear()
         written = style.save(figure, stem)
         name = stem.name.split(".")[0]
-        result.figures[name], result.letters[name] = figure, list(letters.items())
+        result.figures[name], result.letters[name] = (
+            figure,
+            [*filter(lambda each: each[0].get_visible(), letters.items())],
+        )
         return written
 
     with pytest.MonkeyPatch.context() as during:
@@ -214,7 +244,9 @@ def milliseconds(column: pandas.Series) -> Any:
 def test_every_figure_is_two_files_and_names_its_machine(drawn: Drawn) -> None:
     """A figure of one machine overwrote another's where the name did not say which."""
     stems = [name + (".zen-2c" if name in MEASURED else "") for name in FIGURES]
-    assert [path.name for path in drawn.files] == [f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")]
+    assert [path.name for path in drawn.files] == [
+        f"{stem}.{kind}" for stem in stems for kind in ("svg", *(["gif"] if stem == "cache_growth" else []), "png")
+    ]
     assert all(0 < path.stat().st_size < 300_000 for path in drawn.files)
     assert all((draw.__doc__ or "").endswith(".") for draw in FIGURES.values())  # a gallery's captions
 
@@ -222,7 +254,14 @@ def test_every_figure_is_two_files_and_names_its_machine(drawn: Drawn) -> None:
 def test_same_rows_same_bytes(folder: Path, drawn: Drawn) -> None:
     """Dates, versions, ids, hash order or a user's matplotlib settings in the files would make every redraw a change.
     Drawn again by another process with other settings; which also finds that figures come without torch."""
-    again = ["variants", "decode_batch", "roofline", "quality", "tradeoff"]  # every kind of mark; `make drift` does all
+    again = [
+        "head_map",
+        "cache_growth",
+        "decode_batch",
+        "roofline",
+        "quality",
+        "tradeoff",
+    ]  # every kind of mark; `make drift` does all
     again += ["fraction_of_roof", "generation", "five_ways_it_goes_wrong", "conversion", "uptraining"]
     code = f"""
 import sys, matplotlib
@@ -236,7 +275,7 @@ assert not {{"torch", "matplotlib.pyplot"}} & set(sys.modules)
     environment = os.environ | {"PYTHONHASHSEED": "17", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, env=environment)
     redrawn = list((drawn.out / "again").iterdir())
-    assert len(redrawn) == 2 * len(again)
+    assert len(redrawn) == 2 * len(again) + 1  # what moves has a GIF too
     for path in redrawn:
         content = path.read_bytes()
         assert content == (drawn.out / path.name).read_bytes(), path.name
@@ -256,7 +295,7 @@ def test_letters_are_inside_and_apart(drawn: Drawn) -> None:
     for name, figure in drawn.figures.items():
         size = [style.DPI * inches for inches in figure.get_size_inches()]
         letters = drawn.letters[name]
-        assert len(letters) > 15, name
+        assert len(letters) > 12, name
         for text, box in letters:
             assert 0 <= box.x0 < box.x1 <= size[0] and 0 <= box.y0 < box.y1 <= size[1], (name, text.get_text())
         level = [(text, box) for text, box in letters if text.get_rotation() in (0, 90)]
@@ -272,7 +311,7 @@ def test_the_footer_says_what_drew_it(drawn: Drawn, rows: pandas.DataFrame, name
     assert "CPU: Zen (zen-2c)" in words and "GPU" not in words
     assert "float32" in words
     assert (TRAINED if name in TRAININGS else NEW) in words and OLD not in words
-    if name not in (*TRAININGS, "tradeoff"):
+    if name not in (*TRAININGS, "tradeoff", "attention_flow"):
         assert "bfloat16, float32" in words
     if name == "decode_groups":
         words = " ".join(text.get_text() for text in FIGURES[name](rows, "hopper").texts)
@@ -283,7 +322,7 @@ def test_a_figure_from_shapes_says_so(drawn: Drawn) -> None:
     """A computed curve must not be taken for a measurement."""
     for name in sorted(set(FIGURES) - set(MEASURED)):
         words = " ".join(text.get_text() for text in drawn.figures[name].texts)
-        assert "o measurement" in words and ("bfloat16" in words or name == "published_quality")
+        assert "o measurement" in words and ("bfloat16" in words or name in ("published_quality", "rope_pairs"))
 
 
 # --- what is not there ----------------------------------------------------------------------------------------------
@@ -332,9 +371,9 @@ def test_what_did_not_end_well_is_not_drawn(drawn: Drawn) -> None:
 # --- numbers, read back ---------------------------------------------------------------------------------------------
 
 
-def test_variants_connect_each_query_head_to_its_own_kv_head(drawn: Drawn) -> None:
+def test_a_head_map_connects_each_query_head_to_its_own_kv_head(drawn: Drawn) -> None:
     """Drawing tiled heads (h mod G) for contiguous groups (h // R) is the mistake the figure is there to prevent."""
-    drawings = drawn.figures["variants"].axes[0].get_lines()
+    drawings = drawn.figures["head_map"].axes[0].get_lines()
     assert len(drawings) == 4 * 8
     for number, line in enumerate(drawings):
         g, h = (8, 4, 2, 1)[number // 8], number % 8

@@ -175,11 +175,31 @@ def test_recall_chooses_a_rate_on_one_seed_and_judges_on_others():
         for run in first
         for key, part in run.row_keys().items()
     ]
+    lower = [run for run in sweeps.recall(rows) if run.recipe.peak_rate < 2e-3]  # the best may lie below the lowest
+    assert len(lower) == len(sweeps.RECALL_FORMS) and {run.recipe.shape.n_kv_heads for run in lower} == {8}
+    rows += [{"key": key, "accuracy": 0.1} for run in lower for key in run.row_keys()]
     more = [run for run in sweeps.recall(rows) if run.recipe.seed]
     assert len(more) == len(sweeps.RECALL_FORMS) * 4 * 3
     assert all(run.recipe.peak_rate == best[run.recipe.shape.n_kv_heads] for run in more)
     assert {run.recipe.seed for run in more} == {1, 2, 3}
     assert not [run for run in sweeps.recall(rows[:7]) if run.recipe.seed and run.recipe.shape.n_kv_heads == 4]
+
+
+def test_recall_looks_for_a_rate_below_the_lowest_until_one_is_enough():
+    """A variant that learned nothing at the three rates that suit the others would be called unable, where it wanted a
+    smaller one. What is learned already needs no better rate, and the search ends somewhere."""
+    lowest = min(sweeps.RECALL_RATES)
+
+    def rates(accuracy):
+        rows, count = [], 0
+        while len(runs := [run for run in sweeps.recall(rows) if not run.recipe.seed]) > count:
+            count = len(runs)
+            rows = [{"key": key, "accuracy": accuracy(run.recipe.peak_rate)} for run in runs for key in run.row_keys()]
+        return sorted({run.recipe.peak_rate for run in runs if run.recipe.peak_rate <= lowest}, reverse=True)
+
+    assert rates(lambda rate: 0.5) == [lowest, lowest / 2]  # a tie goes to the first; no such luck with real ones
+    assert rates(lambda rate: 1 - rate) == [lowest]
+    assert rates(lambda rate: 0.3 - rate) == [lowest / 2**halved for halved in range(4)]
 
 
 def test_learning_rates_are_those_of_mha():
