@@ -210,7 +210,8 @@ def label_ends(axes: Axes, ends: Iterable[End]) -> None:
         blocks.append([wanted - index * gap])
         while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(blocks[-1]):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
-    heights = [sum(block) / len(block) for block in blocks for _ in block]
+    # the highest name stands no higher than the axes, where a title may be
+    heights = [min(sum(block) / len(block), 1 - (len(placed) - 1) * gap) for block in blocks for _ in block]
     for index, (height, (_, x, y, text, colour)) in enumerate(zip(heights, placed, strict=True)):
         axes.annotate(
             text,

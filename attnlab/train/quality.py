@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,6 +98,7 @@ def run_sweep(
         # a parent whose weights are not there is trained again, to the same ones, even if its row is
         needed = dict.fromkeys(run.parent for run in waiting if run.parent and not weights[run.parent].exists())
         waiting = [*(parent for parent in needed if parent not in waiting), *waiting]
+        _add_conversions(rows, weights, facts)  # of what is there; else a sweep that is stopped never has them
         workers = facts["cores"] if device == "cpu" else 1
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(progress,))
         try:
@@ -129,17 +130,22 @@ def run_sweep(
                     if result["status"] != "ok":  # what was to start from its weights never can
                         waiting = [run for run in waiting if run.parent != planned]
                 _drain(progress, report)
-            for parent, path in weights.items():
-                if parent and path.exists() and isinstance(parent.task, Corpus):
-                    for row in conversion_rows(_loaded(parent, path), parent.task):
-                        key = row_key({"parent": parent.key, "method": row["method"], "head": row["head"]})
-                        if key not in rows:
-                            rows.append(key, facts | {"parent": parent.key} | row)
+            _add_conversions(rows, weights, facts)
         finally:
             for process in list((pool._processes or {}).values()):  # else Ctrl-C waits for minutes of training
                 process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
         return rows.rows
+
+
+def _add_conversions(rows: Run, weights: Mapping[Planned | None, Path], facts: dict[str, Any]) -> None:
+    """Append what conversion does to the attention of each parent whose weights are there, once."""
+    for parent, path in weights.items():
+        if parent and path.exists() and isinstance(parent.task, Corpus):
+            for row in conversion_rows(_loaded(parent, path), parent.task):
+                key = row_key({"parent": parent.key, "method": row["method"], "head": row["head"]})
+                if key not in rows:
+                    rows.append(key, facts | {"parent": parent.key} | row)
 
 
 def _trained_already(planned: Planned, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
