@@ -4,7 +4,7 @@
 ## PYTHON       the interpreter to build .venv with, 3.11 or newer (PYTHON=python3.12)
 ## TORCH_INDEX  take torch from this package index instead of PyPI, for example for another CUDA version or for the
 ##              small CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu (remembered until .venv is removed)
-## ARGS         further options for explore, test and bench: ARGS="--device cpu"
+## ARGS         further options for explore, test, bench and lab: ARGS="--device cpu"
 PYTHON ?= python3
 ARGS ?=
 
@@ -43,10 +43,10 @@ gpu-jobs: $(READY)  ## what to measure on a CUDA machine: commands, and what is 
 	@$(BIN)/python -m bench.gpu_jobs
 
 figures: $(READY)  ## redraw figures/ from the published rows
-	@$(BIN)/attnlab figures && $(BIN)/attnlab page
+	@$(BIN)/attnlab page && $(BIN)/attnlab post && $(BIN)/attnlab figures
 
 lab: $(READY)  ## open the notebooks in JupyterLab
-	@$(BIN)/python -m jupyter lab notebooks
+	@$(BIN)/attnlab lab $(ARGS)
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .
@@ -67,8 +67,8 @@ mutants: $(READY)  ## break the code on purpose, one way at a time: a test must 
 	@$(BIN)/python tests/mutants.py
 
 drift: $(READY)  ## are figures/ byte for byte what the published rows draw?
-	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(BIN)/attnlab figures --out "$$fresh" >/dev/null && \
-	$(BIN)/attnlab page --out "$$fresh/explorer.html" >/dev/null && \
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(BIN)/attnlab page --out "$$fresh/explorer.html" >/dev/null && \
+	$(BIN)/attnlab post --out "$$fresh/post.md" >/dev/null && $(BIN)/attnlab figures --out "$$fresh" >/dev/null && \
 	if diff -rq figures "$$fresh"; then echo "figures/ is what the published rows draw"; \
 	else echo "figures/ is not what the published rows draw: run 'make figures', look at the change, commit it" >&2; exit 1; fi
 

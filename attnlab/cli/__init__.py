@@ -5,16 +5,17 @@ Heavy imports stand inside the commands, so that ``attnlab --help`` does not wai
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from attnlab.cli import measuring, models, rows, training
+from attnlab.cli import measuring, models, rows, training, workshop
 from attnlab.cli.options import PLAIN
 from attnlab.errors import InputError
 
-app = typer.Typer(help="What sharing key/value heads buys and costs, predicted and measured.", **PLAIN)
-for part in (measuring, models, training, rows):
+PLAIN_ROOT: Any = PLAIN | {"add_completion": True}  # a shell completes every command through the root
+app = typer.Typer(help="What sharing key/value heads buys and costs, predicted and measured.", **PLAIN_ROOT)
+for part in (measuring, models, training, rows, workshop):
     app.add_typer(part.app)
 
 STOPPED = 130  # the shell's exit code for Ctrl-C

@@ -23,7 +23,10 @@ def explore(
     peers: Annotated[str, typer.Option(help="Other people's kernels to time too: names with commas, or all.")] = "",
     figures: Annotated[bool, typer.Option(help="Draw the figures at the end.")] = True,
 ) -> None:
-    """Measure this machine: roofs, correctness, cache bytes, decode and prefill over groups, context and batch."""
+    """Measure this machine: roofs, correctness, cache bytes, decode and prefill over groups, context and batch.
+
+    Example: attnlab explore --dtypes bfloat16 --minutes 5
+    """
     from attnlab import host, report
     from attnlab.explore import explore as fill
     from attnlab.explore import grid as points_of
@@ -52,7 +55,10 @@ def explore(
 
 @app.command()
 def prove_memory(device: Device = "auto", runs: Runs = RUNS, fresh: Fresh = False, minutes: Minutes = math.inf) -> None:
-    """Measure bytes at the peak, and the batch and context where memory really ends, beside their predictions."""
+    """Measure bytes at the peak, and the batch and context where memory really ends, beside their predictions.
+
+    Example: attnlab prove-memory --device cpu
+    """
     from attnlab import report
     from attnlab.measure.memory import proofs, prove
     from attnlab.results import load_results
@@ -68,7 +74,10 @@ def prove_memory(device: Device = "auto", runs: Runs = RUNS, fresh: Fresh = Fals
 
 @app.command()
 def flow(runs: Runs = RUNS, fresh: Fresh = False) -> None:
-    """Record the size of every tensor in one decode step, with 8, 2 and 1 KV heads."""
+    """Record the size of every tensor in one decode step, with 8, 2 and 1 KV heads.
+
+    Example: attnlab flow --fresh
+    """
     from rich.table import Table
 
     from attnlab import report
@@ -93,7 +102,10 @@ def generation(
     fresh: Fresh = False,
     minutes: Minutes = math.inf,
 ) -> None:
-    """Time whole models: a decode step and the first token, beside transformers' caches on the same weights."""
+    """Time whole models: a decode step and the first token, beside transformers' caches on the same weights.
+
+    Example: attnlab generation --dtypes float32
+    """
     from attnlab import generated, host
     from attnlab.measure.generation import cells, fill
     from attnlab.results import load_results
@@ -110,7 +122,10 @@ def generation(
 
 @app.command()
 def tune(device: Device = "auto", runs: Runs = RUNS, fresh: Fresh = False, minutes: Minutes = math.inf) -> None:
-    """Measure which implementation is fastest here, and write the table that impl="auto" goes by."""
+    """Measure which implementation is fastest here, and write the table that impl="auto" goes by.
+
+    Example: attnlab tune --minutes 4
+    """
     from attnlab import tune as tuning
     from attnlab.attention.auto import TABLE
 
@@ -127,7 +142,10 @@ def machine(
     dtypes: Dtypes = "float32,bfloat16",
     out: Annotated[Path | None, typer.Option(help="Write the roofs as JSON, for --card.")] = None,
 ) -> None:
-    """Measure this machine's roofs: read and copy bandwidth, matmul rates, the cost of a call."""
+    """Measure this machine's roofs: read and copy bandwidth, matmul rates, the cost of a call.
+
+    Example: attnlab machine --out my.json
+    """
     from attnlab import host, report
     from attnlab.measure import measure_machine
 

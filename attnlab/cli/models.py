@@ -8,33 +8,38 @@ from typing import Annotated
 
 import typer
 
-from attnlab.cli.options import PLAIN, Device, Model, card_of, shape_of, show, whole
+from attnlab.cli.options import PLAIN, Device, Model, card_of, shape_of, show, tokens_of
 from attnlab.errors import InputError
 from attnlab.shapes import dtype_name
 
 app = typer.Typer(**PLAIN)
 
+Tokens = Annotated[str, typer.Option(help="Tokens per sequence, as 4096 or 32k (32·1024), or max_context.")]
+Card = Annotated[str, typer.Option(help="A published card or a file from attnlab machine --out.")]
+
 
 @app.command()
 def memory(
     model: Model,
-    context: Annotated[str, typer.Option(help="Tokens per sequence, or max_context.")] = "max_context",
+    context: Tokens = "max_context",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
     kv_dtype: Annotated[str | None, typer.Option(help="Of the cache; the weights' unless given.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Another number of KV heads G.")] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Ranks that share the model.")] = 1,
-    card: Annotated[str, typer.Option(help="A published card or a file from attnlab machine --out.")] = "h100",
+    card: Card = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON, bytes as integers.")] = False,
 ) -> None:
-    """What a model stores and reads when it decodes, and what each number of KV heads would make of it."""
+    """What a model stores and reads when it decodes, and what each number of KV heads would make of it.
+
+    Example: attnlab memory llama-2-70b --context 4096 --batch 32
+    """
     from attnlab import report
 
     shape = shape_of(model)
     if kv_heads is not None:
         shape = shape.with_kv_heads(kv_heads)
-    tokens = shape.max_context if context == "max_context" else whole("--context", context)
-    dtype = dtype_name(dtype)
+    dtype, tokens = dtype_name(dtype), tokens_of(context, shape)
     numbers = report.memory_numbers(
         shape, batch, tokens, dtype, dtype_name(kv_dtype or dtype), tensor_parallel, card_of(card)
     )
@@ -42,6 +47,35 @@ def memory(
         print(json.dumps(numbers, indent=1))
         return
     show(*report.memory_tables(numbers))
+
+
+@app.command()
+def explain(
+    model: Model,
+    kv_heads: Annotated[int | None, typer.Option(help="Another number of KV heads G.")] = None,
+    context: Tokens = "max_context",
+    batch: Annotated[int | None, typer.Option(help="Sequences; as many as fit unless given.")] = None,
+    card: Card = "h100",
+    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    price: Annotated[float | None, typer.Option(help="Dollars that an hour of the card costs.")] = None,
+) -> None:
+    """Say in a dozen sentences what a model's KV heads cost and save: memory, speed, money, quality.
+
+    Example: attnlab explain llama-3-8b --kv-heads 2 --context 32k --price 2.50
+    """
+    from attnlab import explain as said
+    from attnlab.results import load_results
+
+    shape, dtype = shape_of(model), dtype_name(dtype)
+    if kv_heads is not None:
+        shape = shape.with_kv_heads(kv_heads)
+    tokens = tokens_of(context, shape)
+    lines = said.memory(shape, tokens, dtype) + said.speed(shape, card_of(card), tokens, batch, dtype, price)
+    try:
+        quality = said.quality(load_results(), shape)
+    except InputError as error:  # a copy without rows, or with none of a finished sweep
+        quality = f"Quality: not measured ({error})."
+    print("\n".join([*lines, said.parameters(shape), quality]))
 
 
 @app.command()
@@ -55,7 +89,10 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="The checkpoint's unless given.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Continue a prompt; print prefill and per-token times on stderr."""
+    """Continue a prompt; print prefill and per-token times on stderr.
+
+    Example: attnlab generate DIR "Once upon a time" --kv-heads 8
+    """
     import statistics
     import time
 
@@ -105,7 +142,10 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model directory.")] = False,
     seed: Annotated[int, typer.Option(help="Of random.")] = 0,
 ) -> None:
-    """Share KV heads in a checkpoint, shard by shard; then train it a little, for much is lost at first."""
+    """Share KV heads in a checkpoint, shard by shard; then train it a little, for much is lost at first.
+
+    Example: attnlab convert DIR OUT --kv-heads 4 --method aligned
+    """
     from attnlab.model.convert import convert_directory
 
     shape = convert_directory(source, target, kv_heads, method, force=force, seed=seed)
@@ -123,7 +163,10 @@ def evaluate(
     context: Annotated[int | None, typer.Option(help="Tokens to look back on; the model's unless given.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Bits per byte of a model on a text of yours."""
+    """Bits per byte of a model on a text of yours.
+
+    Example: attnlab eval DIR --text FILE
+    """
     from attnlab.errors import check_size
     from attnlab.model.checkpoint import load_hf
     from attnlab.train.evaluate import bits_per_byte, tokenized

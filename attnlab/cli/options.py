@@ -13,6 +13,7 @@ from attnlab.shapes import ModelShape, dtype_name
 
 PLAIN: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 RUNS = Path("runs")
+UNITS = {"k": 2**10, "m": 2**20}  # of tokens: contexts are powers of two
 
 
 def _resolved(device: str) -> str:
@@ -48,11 +49,18 @@ def dtypes_of(text: str) -> list[str]:
 
 
 def whole(option: str, text: str) -> int:
-    """``text`` as a whole number; raises ``InputError``, naming ``option``."""
+    """``text`` as a whole number, "32k" as 32·1024 and "1M" as 1024²; raises ``InputError``, naming ``option``."""
+    unit = UNITS.get(text[-1:].lower(), 1)
     try:
-        return int(text)
+        return unit * int(text if unit == 1 else text[:-1])
     except ValueError:
-        raise InputError(f"{option} must be a whole number or max_context, got {text[:40]!r}") from None
+        got = f"got {text[:40]!r}; k means 1024 and M 1024², as in 32k"
+        raise InputError(f"{option} must be a whole number or max_context, {got}") from None
+
+
+def tokens_of(context: str, shape: ModelShape) -> int:
+    """``--context``: a number, or the model's own where it is "max_context"."""
+    return shape.max_context if context == "max_context" else whole("--context", context)
 
 
 def show(*tables: Any) -> None:

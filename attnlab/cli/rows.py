@@ -38,12 +38,13 @@ def figures(
     results: Annotated[Path | None, typer.Option(help="Rows to draw; the published ones unless given.")] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("figures"),
     only: Annotated[str | None, typer.Option(help="One figure by name.")] = None,
+    style: Annotated[str, typer.Option(help="blog, slide (1920 pixels wide) or paper (PDF on white).")] = "blog",
 ) -> None:
-    """Draw every figure from rows: SVG and PNG, the same bytes for the same rows."""
+    """Draw every figure from rows, for light pages and dark ones, and a gallery of them: same rows, same bytes."""
     from attnlab.plots import draw_all
     from attnlab.results import load_results
 
-    for path in draw_all(load_results(results), out, only=only):
+    for path in draw_all(load_results(results), out, only=only, kind=style):
         print(path)
 
 
@@ -57,6 +58,20 @@ def page(
     from attnlab.results import load_results
 
     write(load_results(results), out)
+    print(out)
+
+
+@app.command()
+def post(
+    results: Annotated[Path | None, typer.Option(help="Rows to tell of; the published ones unless given.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write, beside the figures.")] = Path("figures/post.md"),
+) -> None:
+    """Write the blog post, with every number put in from rows; one that no row supports is an error."""
+    from attnlab.errors import write_whole
+    from attnlab.post import build
+    from attnlab.results import load_results
+
+    write_whole(out, build(load_results(results)))
     print(out)
 
 

@@ -41,7 +41,10 @@ def quality_plan(
     runs: Runs = RUNS,
     device: Device = "cpu",
 ) -> None:
-    """Runs, tokens and predicted hours of every experiment, and what is done of it; nothing is started."""
+    """Runs, tokens and predicted hours of every experiment, and what is done of it; nothing is started.
+
+    Example: attnlab quality plan --experiments g-sweep --seeds 3
+    """
     folder = _folder(runs, size, False, device)
     _show_plan(_declared(folder, experiments, text, size, seeds, tokens, device), folder, device)
 
@@ -59,7 +62,10 @@ def quality_run(
     device: Device = "cpu",
     tensorboard: Annotated[Path | None, typer.Option(help="Write losses there too, for TensorBoard.")] = None,
 ) -> None:
-    """Train what the experiments declare, side by side, one process per core; killed, it goes on where it was."""
+    """Train what the experiments declare, side by side, one process per core; killed, it goes on where it was.
+
+    Example: attnlab quality run --size quick
+    """
     from attnlab.progress import progress
     from attnlab.results import load_results
     from attnlab.train.quality import run_sweep
@@ -87,7 +93,10 @@ def quality_run(
 @quality_app.command("status")
 def quality_status(runs: Runs = RUNS) -> None:
     """Rows of every sweep below a folder, by experiment and arm: one a run, of uptraining one an α, of recall one a
-    setting; and how many diverged."""
+    setting; and how many diverged.
+
+    Example: attnlab quality status --runs runs
+    """
     for (run, experiment), sweep in _quality_rows(runs).groupby(["run", "experiment"], sort=False):
         arms = Counter(zip(sweep["shape.n_kv_heads"].astype(int), sweep["arm"], strict=True))
         counts = ", ".join(f"G={g} {arm} ×{count}" for (g, arm), count in arms.items())
@@ -99,7 +108,10 @@ def quality_status(runs: Runs = RUNS) -> None:
 def quality_report(
     results: Annotated[Path | None, typer.Argument(help="A run's folder; else the newest published sweeps.")] = None,
 ) -> None:
-    """Differences to MHA with intervals, verdicts, and the smallest effect that could have been seen."""
+    """Differences to MHA with intervals, verdicts, and the smallest effect that could have been seen.
+
+    Example: attnlab quality report
+    """
     from attnlab.trained import quality_tables
 
     show(*quality_tables(_quality_rows(results)))
@@ -118,7 +130,10 @@ def uptrain(
     seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a model on, as a converted one needs; killed, it goes on where it was."""
+    """Train a model on, as a converted one needs; killed, it goes on where it was.
+
+    Example: attnlab uptrain OUT TRAINED --tokens 10000000
+    """
     from attnlab import host
     from attnlab.model.checkpoint import load_hf, save_hf
     from attnlab.progress import progress
@@ -163,7 +178,10 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(help="1,024 to 32,768.")] = 1024,
     text: Text = "stdlib",
 ) -> None:
-    """Learn a vocabulary from a text."""
+    """Learn a vocabulary from a text.
+
+    Example: attnlab tokenizer train tokenizer.model --text FOLDER
+    """
     from attnlab.train.corpus import read_documents
     from attnlab.train.tokenizer import Tokenizer
 
@@ -174,7 +192,10 @@ def tokenizer_train(
 
 @tokenizer_app.command("encode")
 def tokenizer_encode(tokenizer: TokenizerFile) -> None:
-    """Text on stdin to tokens on stdout, as numbers."""
+    """Text on stdin to tokens on stdout, as numbers.
+
+    Example: attnlab tokenizer encode tokenizer.model < text.txt
+    """
     from attnlab.train.tokenizer import Tokenizer
 
     words = Tokenizer.load(tokenizer)
@@ -187,7 +208,10 @@ def tokenizer_encode(tokenizer: TokenizerFile) -> None:
 
 @tokenizer_app.command("decode")
 def tokenizer_decode(tokenizer: TokenizerFile) -> None:
-    """Tokens on stdin, as numbers, to text on stdout."""
+    """Tokens on stdin, as numbers, to text on stdout.
+
+    Example: attnlab tokenizer decode tokenizer.model < tokens.txt
+    """
     from attnlab.train.tokenizer import Tokenizer
 
     words = Tokenizer.load(tokenizer)

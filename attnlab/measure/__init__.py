@@ -118,7 +118,7 @@ def measure_point(
     same = {arm: rows[arm]["picked"] for arm in warm if rows[arm]["picked"] in warm.keys() - {arm}}
     if warm:
         timed = {arm: seconds for arm, seconds in warm.items() if arm not in same}
-        _time_arms(point, timed, rotation, machine, rounds, rows)
+        machine = _time_arms(point, timed, rotation, machine, rounds, rows)
     for arm, other in same.items():
         rows[arm] = rows[other] | {name: rows[arm][name] for name in ("error", "backend", "picked", "needed_bytes")}
         if "median" in rows[arm]:  # the roofline of torch's own arms knows nothing of the rates that auto reaches
@@ -142,7 +142,8 @@ def _time_arms(
     machine: Machine,
     rounds: int,
     rows: dict[str, dict[str, Any]],
-) -> None:
+) -> Machine:
+    """Fill in ``rows``; return the machine with the roofs that stand in them, measured anew where one was beaten."""
     device, causal, arms = machine.device, point.kind == "prefill", list(warm)
     turn = itertools.cycle(rotation)  # shared, so that no arm finds what another just read
     calls = {arm: (lambda arm=arm: attend(*next(turn), causal=causal, impl=arm)) for arm in arms}
@@ -161,7 +162,7 @@ def _time_arms(
                     "status": "oom",
                     "reason": f"while the arms were timed together: {clock.out_of_memory(error)}",
                 }
-            return
+            return machine
         for arm in arms:
             rows[arm] |= clock.time_fields(seconds[arm], point.predict(machine, arm), load, busy)
             rows[arm] |= {
@@ -174,13 +175,14 @@ def _time_arms(
             if device == "cuda":  # what a user without graphs meets, launches included
                 rows[arm]["eager"] = statistics.median(event_seconds(calls[arm]) for _ in range(SLOW_ROUNDS))
         if all(rows[arm]["fraction_of_roof"] <= IMPLAUSIBLE for arm in arms):
-            return
+            return machine
         if attempt + 1 < RETRIES:
             machine = refreshed(machine, point.dtype, point.head_dim)
     for arm in arms:
         if rows[arm]["fraction_of_roof"] > IMPLAUSIBLE:
             share = rows[arm]["fraction_of_roof"]
             rows[arm] |= {"status": "implausible", "reason": f"{share:.2f} of the roof after {RETRIES} measurements"}
+    return machine
 
 
 def _slow(warm: Mapping[str, float], calls: Mapping[str, Callable[[], object]], device: str) -> set[str]:

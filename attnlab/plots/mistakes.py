@@ -36,7 +36,7 @@ def five_ways_it_goes_wrong(rows: pandas.DataFrame, machine: str) -> Figure:
     over = f"{variants[0]} over {variants[-1]}"
     figure, grid = style.canvas(
         "Five ways in which a benchmark of shared heads goes wrong",
-        f"Each mistake made on purpose (red crosses, dashed) and measured in turn with the right way (black); bars: "
+        f"Each mistake made on purpose (red crosses, dashed) and measured in turn with the right way (round); bars: "
         f"first to third quartile. Beside the lines: {over}. H = {drawn['shape.n_heads'].iloc[0]:g} query heads.",
         source(drawn),
         5.9,

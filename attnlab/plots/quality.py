@@ -194,7 +194,7 @@ def tradeoff(rows: pandas.DataFrame, machine: str) -> Figure:
     _zero(loss, found)
     cache.set_yticks(ys, [f"R = {ratio}" for ratio in ratios], weight="bold")
     cache.set(title="memory: the KV cache", xlabel="bytes, % of MHA", xlim=(0, 150))
-    time.set(title="time (black line: predicted)", xlabel="median, % of MHA", xlim=(0, 1.55 * time.dataLim.x1))
+    time.set(title="time (line: predicted)", xlabel="median, % of MHA", xlim=(0, 1.55 * time.dataLim.x1))
     loss.set(title="quality (hollow: matched)")
     for axes in (cache, time):
         axes.grid(axis="y", visible=False)

@@ -29,7 +29,7 @@ def roofline(rows: pandas.DataFrame, machine: str) -> Figure:
     point = drawn.iloc[0]
     figure, panels = style.canvas(
         "Sharing heads climbs the roof: R query heads use each byte that is read",
-        f"Decode attention does R = H / G flop per byte in 16 bit, R / 2 in 32 bit. Black: this machine's measured "
+        f"Decode attention does R = H / G flop per byte in 16 bit, R / 2 in 32 bit. Line: this machine's measured "
         f"roofs. Named: each variant's fastest implementation and its share of the roof; small: the others. "
         f"H = {point['shape.n_heads']}, context {style.tokens(point['context'])}, batch {point['batch']}.",
         source(drawn),

@@ -33,7 +33,7 @@ def decode_groups(rows: pandas.DataFrame, machine: str) -> Figure:
         contenders(drawn),
         "Fewer KV heads, less to read: one decode step's attention",
         f"Medians, bars from first to third quartile; rings: auto, which picks an implementation. Dashed: predicted, "
-        f"black where K and V are read once, grey where they are repeated to all heads first. "
+        f"strong where K and V are read once, pale where they are repeated to all heads first. "
         f"{_sizes(drawn)}, batch {drawn['batch'].iloc[0]}.",
     )
 
@@ -105,7 +105,7 @@ def _per_variant(rows: pandas.DataFrame, machine: str, x: str, fixed: str, title
     hollow = _hollow(drawn[drawn["impl"].isin([best, USUAL])])
     fits = drawn.iloc[0]["last_level_cache_bytes"] if x == "context" and "last_level_cache_bytes" in drawn else 0
     size = f"the last-level cache ({fits / 2**20:.3g} MiB)"
-    warm = f" Black bars: to their left K and V would fit {size}, were they not kept out of it." if fits else ""
+    warm = f" Upright bars: to their left K and V would fit {size}, were they not kept out of it." if fits else ""
     figure, panels = panelled(
         drawn,
         (fixed, "dtype"),

@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes a file: the same rows give the same bytes.
+"""How every figure looks: the same rows give the same figure.
 
 A figure is an opaque card of warm white, so it reads on light and dark pages alike. Nothing of the user's matplotlib
 settings, the date or matplotlib's version enters it. Colours of variants are Okabe and Ito's, chosen for colour-blind
@@ -6,10 +6,8 @@ readers; a variant keeps its colour and marker in every figure, and implementati
 """
 
 import functools
-import io
 import textwrap
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib.style
@@ -19,12 +17,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from attnlab.errors import InputError
-from attnlab.plots import motion
-
 WIDTH, DPI = 8.0, 150
 PAPER, INK, MUTED, GRID = "#FFFDF8", "#222222", "#6B675E", "#E8E3D8"
-_SETTINGS = {
+SETTINGS = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.facecolor": PAPER,
@@ -111,7 +106,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.style.context(["default", _SETTINGS]):
+        with matplotlib.style.context(["default", SETTINGS]):
             return draw(*args, **kwargs)
 
     return inside
@@ -131,49 +126,6 @@ def canvas(title: str, subtitle: str, footer: str, height: float, **subplots: An
     rect = (0.008, bottom / height, 0.98, 1 - (top + bottom) / height)
     figure.get_layout_engine().set(rect=rect, wspace=0.04, hspace=0.04)  # type: ignore[union-attr, call-arg]
     return figure, figure.subplots(**subplots)
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write ``stem``.svg and ``stem``.png, of one that moves also ``stem``.gif; raises ``InputError`` where that is not
-    possible."""
-    _settle(figure)
-    count = motion.frames(figure)
-    with matplotlib.style.context(["default", _SETTINGS]):
-        svg = _drawn(figure, "svg", {"Date": None, "Creator": None})
-        files = {"svg": svg if count == 1 else motion.moved(svg.decode(), count).encode()}
-        if count > 1:
-            files["gif"] = motion.gif(figure, count, 2 * DPI // 3)
-        motion.show(figure, count - 1)
-        files["png"] = _drawn(figure, "png", {"Software": None})
-    written = []
-    for kind, content in files.items():
-        path = stem.with_name(f"{stem.name}.{kind}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
-        written.append(path)
-    return written
-
-
-def _drawn(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=DPI, metadata=metadata)
-    return drawn.getvalue()
-
-
-def _settle(figure: Figure) -> None:
-    """Lay the axes out once and round where they stand: the layout's solver, which orders its variables by their
-    addresses, gives other last digits in every process."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        with matplotlib.style.context(["default", _SETTINGS]):
-            engine.execute(figure)
-        figure.set_layout_engine("none")
-        for axes in figure.axes:
-            left, bottom, width, height = (round(part, 4) for part in axes.get_position(original=True).bounds)
-            axes.set_position((left, bottom, width, height))
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------

@@ -391,10 +391,13 @@ def test_a_roof_measured_on_a_busy_machine_is_forgiven(
     """Somebody else's second on the machine must not cost a row, and the row must hold the roof it was judged by."""
     cost |= {"grouped": 1.0}
     roofs += [_with_floor(0.9), _with_floor(9.9)]
-    row = dict(measure_point(DECODE, ["grouped"], inputs, _with_floor(1.06)))["grouped"]
+    rows = dict(measure_point(DECODE, ["grouped", "auto"], inputs, _with_floor(1.06)))
+    row = rows["grouped"]
     assert len(roofs) == 1 and (row["status"], row["read_bandwidth"]) == ("ok", _with_floor(0.9).read_bandwidth)
     assert "reason" not in row
     assert row["predicted"] == pytest.approx(0.9, rel=1e-6)
+    assert rows["auto"]["picked"] == "grouped"  # and is predicted from the roofs that stand in its row too
+    assert rows["auto"]["predicted"] == pytest.approx(0.9, rel=1e-6)
     row = dict(measure_point(DECODE, ["grouped"], inputs, _with_floor(1.04)))["grouped"]
     assert len(roofs) == 1 and row["status"] == "ok"  # within the 5 % that two measurements may differ
 

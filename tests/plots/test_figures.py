@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from attnlab import plots
 from attnlab.attention import implementations, peers
 from attnlab.errors import InputError
-from attnlab.plots import FIGURES, FROM_SHAPES, draw_all, style, training
+from attnlab.plots import FIGURES, FROM_SHAPES, draw_all, files, style, training
 from attnlab.plots.rows import contenders, crossing
 from attnlab.predict.memory import decode_peak_bytes, decode_read_bytes, traffic_crossover_tokens
 from attnlab.results import DYNAMIC, OURS, STATIC, load_results
@@ -195,9 +195,9 @@ def drawn(rows: pandas.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> D
             letters[text] = Text.get_window_extent(text, renderer)
         draw(text, renderer)
 
-    def kept(figure: Figure, stem: Path) -> list[Path]:
+    def kept(figure: Figure, stem: Path, words: str, kind: str) -> list[Path]:
         letters.clear()
-        written = style.save(figure, stem)
+        written = files.save(figure, stem, words, kind)
         name = stem.name.split(".")[0]
         result.figures[name], result.letters[name] = (
             figure,
@@ -244,9 +244,11 @@ def milliseconds(column: pandas.Series) -> Any:
 def test_every_figure_is_two_files_and_names_its_machine(drawn: Drawn) -> None:
     """A figure of one machine overwrote another's where the name did not say which."""
     stems = [name + (".zen-2c" if name in MEASURED else "") for name in FIGURES]
-    assert [path.name for path in drawn.files] == [
-        f"{stem}.{kind}" for stem in stems for kind in ("svg", *(["gif"] if stem == "cache_growth" else []), "png")
-    ]
+    kinds = {
+        stem: ["svg", *(["gif"] if stem == "cache_growth" else []), "png", "dark.svg", "dark.png"] for stem in stems
+    }
+    expected = [f"{stem}.{kind}" for stem in stems for kind in kinds[stem]]
+    assert [path.name for path in drawn.files] == [*expected, "index.html"]
     assert all(0 < path.stat().st_size < 300_000 for path in drawn.files)
     assert all((draw.__doc__ or "").endswith(".") for draw in FIGURES.values())  # a gallery's captions
 
@@ -275,7 +277,7 @@ assert not {{"torch", "matplotlib.pyplot"}} & set(sys.modules)
     environment = os.environ | {"PYTHONHASHSEED": "17", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, env=environment)
     redrawn = list((drawn.out / "again").iterdir())
-    assert len(redrawn) == 2 * len(again) + 1  # what moves has a GIF too
+    assert len(redrawn) == 4 * len(again) + 1  # what moves has a GIF too
     for path in redrawn:
         content = path.read_bytes()
         assert content == (drawn.out / path.name).read_bytes(), path.name

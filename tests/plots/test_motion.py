@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy
 from PIL import Image
 
-from attnlab.plots import motion, style
+from attnlab.plots import files, motion, style
 from attnlab.plots.teaching import cache_growth
 
 
@@ -28,7 +28,7 @@ def test_a_cache_grows_by_one_token_a_step_in_every_kv_head():
 
 def test_the_svg_moves_by_itself(tmp_path):
     """One id twice is no valid SVG; a rule for a class that is not there moves nothing."""
-    svg, gif, png = style.save(cache_growth(), tmp_path / "growth")
+    svg, gif, png, *_ = files.save(cache_growth(), tmp_path / "growth")
     text = svg.read_text()
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) and not any(motion._GID.fullmatch(name) for name in ids)
@@ -51,7 +51,7 @@ def test_what_stands_still_is_saved_as_ever(tmp_path):
     """A style and a GIF for every figure would be noise in each of them."""
     figure, axes = style.canvas("t", "s", "f", 2.0)
     axes.plot([1, 2], gid="from-scratch")
-    written = style.save(figure, tmp_path / "still")
-    assert [path.suffix for path in written] == [".svg", ".png"]
+    written = files.save(figure, tmp_path / "still")
+    assert [path.name for path in written] == ["still.svg", "still.png", "still.dark.svg", "still.dark.png"]
     assert b"@keyframes" not in written[0].read_bytes()
     assert io.BytesIO(written[1].read_bytes()).read(4) == b"\x89PNG"
