@@ -67,7 +67,7 @@ def quality_run(
     Example: attnlab quality run --size quick
     """
     from attnlab.progress import progress
-    from attnlab.results import load_results
+    from attnlab.results import Run, load_results
     from attnlab.train.quality import run_sweep
     from attnlab.trained import quality_tables
 
@@ -82,11 +82,15 @@ def quality_run(
             write(label, loss, step)
             advance(f"{label}, loss {loss:.3f}, {state}", step, steps)
 
-        trained = 0
-        while len(planned) > trained:  # rows of some runs decide what others there are
-            trained = len(planned)
-            run_sweep(folder, planned, report, device)
-            planned = _declared(folder, experiments, text, size, seeds, tokens, device)
+        for last in dict.fromkeys(run.experiment for run in planned):
+            trained = -1
+            while len(planned) > trained:  # rows of some runs decide what others of their experiment there are
+                trained = len(planned)
+                with Run(folder) as run:
+                    run.plan(key for each in planned for key in each.row_keys())
+                end = max(index for index, each in enumerate(planned, 1) if each.experiment == last)
+                run_sweep(folder, planned[:end], report, device)
+                planned = _declared(folder, experiments, text, size, seeds, tokens, device)
     show(*quality_tables(load_results(folder)))
 
 

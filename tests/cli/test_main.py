@@ -6,16 +6,21 @@ Commands run in this process; two run as programs.
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import typer
 
 import attnlab
 from attnlab import cli, report
+from attnlab.cli import measuring, models, training, workshop
 
 ROOT = Path(attnlab.__file__).parents[1]
 Command = Callable[..., tuple[int, str, str]]
@@ -26,9 +31,62 @@ def test_version_and_help(command: Command) -> None:
     assert command("--version") == (0, f"attnlab {attnlab.__version__}\n", "")
     code, out, err = command()
     assert (code, err) == (0, "")
-    for name in ("explore", "machine", "memory", "generate", "eval", "compare", "figures", "quality", "results"):
+    for name in (
+        "explore",
+        "machine",
+        "memory",
+        "explain",
+        "doctor",
+        "lab",
+        "generate",
+        "eval",
+        "compare",
+        "figures",
+        "quality",
+        "results",
+    ):
         assert re.search(rf"^  {name}  ", out, re.MULTILINE), name
     assert command("--help")[:2] == (0, out)
+
+
+def commands(part: ModuleType) -> list[tuple[str, Any]]:
+    """Every command of a part of the command line, groups' too: what is typed after ``attnlab``, and its function."""
+    groups = [("", part.app), *((f"{group.name} ", group.typer_instance) for group in part.app.registered_groups)]
+    return [
+        (before + (one.name or one.callback.__name__.replace("_", "-")), one.callback)
+        for before, app in groups
+        for one in app.registered_commands
+    ]
+
+
+WITH_EXAMPLES = [found for part in (measuring, models, training, workshop) for found in commands(part)]
+
+
+@pytest.mark.parametrize(("name", "function"), WITH_EXAMPLES, ids=[name for name, _ in WITH_EXAMPLES])
+def test_every_example_can_be_typed(name: str, function: Any) -> None:
+    """An example with last month's option is the first thing a newcomer copies. It fits a line, so that it can be."""
+    line = function.__doc__.rstrip().splitlines()[-1].strip()
+    program, *words = shlex.split(line.removeprefix("Example: ").partition(" < ")[0])
+    assert line.startswith("Example: ") and program == "attnlab" and len(line) <= 76
+    command: Any = typer.main.get_command(cli.app)
+    for word in name.split():
+        assert words.pop(0) == word
+        command = command.commands[word]
+    command.make_context(name, words)  # raises on an option that is none, and on one that is missing
+
+
+def test_a_shell_completes_commands() -> None:
+    """Completion that is installed and says nothing: a shell asks the program itself, by a variable of its name."""
+    asked = {"_ATTNLAB_COMPLETE": "complete_bash", "COMP_WORDS": "attnlab exp", "COMP_CWORD": "1"}
+    done = program("-m", "attnlab", **asked)
+    assert (done.stdout.split(), done.stderr) == (["explore", "explain"], "")
+
+
+def test_completion_is_the_roots_alone(command: Command) -> None:
+    """On every command its two options would be a third of the help."""
+    assert "--install-completion" in command("--help")[1]
+    for name in (["memory"], ["quality"], ["quality", "run"]):
+        assert "completion" not in command(*name, "--help")[1]
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -59,6 +117,16 @@ MISTAKES = {
     "context-two-signs": (["memory", "llama-2-7b", "--context", "--5"], "whole number or max_context, got '--5'"),
     "context-superscript": (["memory", "llama-2-7b", "--context", "²"], "whole number or max_context, got '²'"),
     "context-endless": (["memory", "llama-2-7b", "--context", "9" * 5000], "must be a whole number or max_context"),
+    "context-no-number": (["memory", "llama-2-7b", "--context", "k"], "got 'k'; k means 1024 and M 1024², as in 32k"),
+    "context-other-unit": (["explain", "llama-2-7b", "--context", "32G"], "got '32G'; k means 1024"),
+    "context-k-of-a-fraction": (["memory", "llama-2-7b", "--context", "1.5k"], "max_context, got '1.5k'"),
+    "context-absurd": (["memory", "llama-2-7b", "--context", "9999999M"], "context must be between 1 and 2^40"),
+    "explain-G": (["explain", "llama-2-7b", "--kv-heads", "5"], "valid: 1, 2, 4, 8, 16, 32"),
+    "explain-batch": (["explain", "llama-2-7b", "--batch", "0"], "batch must be between 1 and 2^40, got 0"),
+    "explain-card": (["explain", "llama-2-7b", "--card", "h300"], "unknown machine 'h300'; did you mean h"),
+    "explain-rate": (["explain", "llama-2-7b", "--dtype", "int8"], "h100 has no matmul rate for int8; known: bfloat16"),
+    "explain-price": (["explain", "llama-2-7b", "--price", "-1"], "price must be a number above 0, got -1.0"),
+    "port-zero": (["lab", "--port", "0"], "Invalid value for '--port'"),
     "unknown-dtype": (["memory", "llama-2-7b", "--dtype", "float31"], "unknown dtype 'float31'; did you mean float32"),
     "unknown-kv-dtype": (["memory", "llama-2-7b", "--kv-dtype", "int4"], "unknown dtype 'int4'; did you mean int8"),
     "unknown-card": (["memory", "llama-2-7b", "--card", "h300"], "unknown machine 'h300'; did you mean h"),
@@ -132,8 +200,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["memory", "llama-2-7b"])
 
 
-def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def program(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 

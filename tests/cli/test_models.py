@@ -59,6 +59,40 @@ def test_memory_prints_tables(command: Command) -> None:
     assert re.search(r"kv cache +│ +1,073,741,824 │ +1\.000", out)
 
 
+@pytest.mark.parametrize(("said", "tokens"), [("32k", 32 * 1024), ("32K", 32 * 1024), ("1M", 1024**2), ("7", 7)])
+def test_contexts_in_k_are_powers_of_two(command: Command, said: str, tokens: int) -> None:
+    """A model card's 32k is 32,768: with a k of 1000 a full context would not fit what was called enough for it."""
+    numbers = json.loads(command("memory", "llama-2-70b", "--context", said, "--json")[1])
+    assert numbers["context"] == tokens and numbers["peak"]["kv_cache"] == tokens * 320 * 1024
+
+
+def test_explain_says_what_was_asked(command: Command) -> None:
+    """Every option reaches its sentence; without published rows quality is not measured, and not zero."""
+    options = ("--kv-heads", 1, "--context", "8k", "--batch", 3, "--card", "h200", "--dtype", "fp32", "--price", 4.5)
+    code, out, err = command("explain", "llama-2-7b", *options)
+    heads, token, cache, _, room, own, mha, parameters, quality = out.splitlines()
+    assert (code, err) == (0, "") and heads.startswith("llama-2-7b is MQA: 32 query heads read 1 KV head, R = 32")
+    assert token.startswith("A token adds 32 KiB of float32 ") and cache.startswith("8,192 tokens, beyond the 4,096 ")
+    assert room.startswith("h200 holds 131.3 GiB") and mha.startswith(
+        "MHA, predicted from published peaks, not measured"
+    )
+    assert "measured: 3 sequences; a step of " in own
+    (tokens,) = (float(found) for found in re.findall(r"([\d.]+) tokens/s in all", own))
+    (dollars,) = (float(found) for found in re.findall(r"\$([\d.]+) per million", own))
+    assert dollars == pytest.approx(4.5 / 3600 / tokens * 1e6, rel=1e-3)
+    assert parameters.startswith(f"Sharing leaves out {32 * 2 * 4096 * 31 * 128:,} parameters")
+    assert quality.startswith("Quality: not measured (no rows.jsonl at or below ")
+
+
+def test_explain_without_options(command: Command) -> None:
+    """The model's own heads and context, as many sequences as fit, and no price that nobody gave."""
+    code, out, err = command("explain", "llama-3-8b")
+    assert (code, err) == (0, "") and "$" not in out
+    assert "is GQA-8: " in out and "8,192 tokens are 1.00 GiB of cache" in out and "h100 holds 80.0 GiB" in out
+    fit = (80 * 2**30 - 2 * 8_030_261_248) // 2**30  # activations are MiB, and what is left over is 0.04 GiB more
+    assert f"sequences that fit: GQA-8 {fit}, " in out and f"not measured: {fit} sequences; " in out
+
+
 CONFIG = {
     "model_type": "mistral",
     "num_hidden_layers": 2,
