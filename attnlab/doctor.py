@@ -13,7 +13,6 @@ PIP = {  # package: what it gives
     "transformers": "tokenizers of model directories, and caches to time beside ours",
     "datasets": "Hugging Face data sets to train on",
     "tensorboard": "losses while training, attnlab quality run --tensorboard DIR",
-    "ray": "sweeps of your own over several machines; nothing here needs it",
     "jupyterlab": "the notebooks, attnlab lab",
     "pytest-benchmark": "tables of the bench suites, pytest --benchmark-only",
 }

@@ -54,7 +54,7 @@ def test_a_missing_package_says_what_it_would_give(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     found = by_name()
     shown = "\n".join(doctor.lines(list(found.values())))
-    for name in ("transformers", "datasets", "tensorboard", "ray", "jupyterlab", "pytest-benchmark"):
+    for name in ("transformers", "datasets", "tensorboard", "jupyterlab", "pytest-benchmark"):
         assert f"  not installed → pip install {name}: {doctor.PIP[name]}\n" in shown and not found[name].works
     assert "not installed → apt-get install chromium: " in shown
     assert "→ on CUDA, pip install flashinfer-python: timed beside ours, attnlab explore --peers flashinfer" in shown

@@ -17,7 +17,10 @@ def compare(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or rows.jsonl, or a commit.")],
     after: Annotated[str | None, typer.Argument(metavar="AFTER", help="Another; else the headline machine.")] = None,
 ) -> None:
-    """Name the points whose times differ between two runs or commits; or set a run beside the published one."""
+    """Name the points whose times differ between two runs or commits; or set a run beside the published one.
+
+    Example: attnlab compare HEAD~1 HEAD
+    """
     from attnlab import report
     from attnlab.compare import chosen, differences
     from attnlab.results import PUBLISHED, headline, load_results
@@ -40,7 +43,10 @@ def figures(
     only: Annotated[str | None, typer.Option(help="One figure by name.")] = None,
     style: Annotated[str, typer.Option(help="blog, slide (1920 pixels wide) or paper (PDF on white).")] = "blog",
 ) -> None:
-    """Draw every figure from rows, for light pages and dark ones, and a gallery of them: same rows, same bytes."""
+    """Draw every figure from rows, for light pages and dark ones, and a gallery of them: same rows, same bytes.
+
+    Example: attnlab figures --only quality --style slide --out slides
+    """
     from attnlab.plots import draw_all
     from attnlab.results import load_results
 
@@ -53,7 +59,10 @@ def page(
     results: Annotated[Path | None, typer.Option(help="Rows to show; the published ones unless given.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("figures/explorer.html"),
 ) -> None:
-    """Write the explorer: one HTML file that predicts for any shape and shows what was measured."""
+    """Write the explorer: one HTML file that predicts for any shape and shows what was measured.
+
+    Example: attnlab page --out explorer.html
+    """
     from attnlab.page import write
     from attnlab.results import load_results
 
@@ -66,7 +75,10 @@ def post(
     results: Annotated[Path | None, typer.Option(help="Rows to tell of; the published ones unless given.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write, beside the figures.")] = Path("figures/post.md"),
 ) -> None:
-    """Write the blog post, with every number put in from rows; one that no row supports is an error."""
+    """Write the blog post, with every number put in from rows; one that no row supports is an error.
+
+    Example: attnlab post --out figures/post.md
+    """
     from attnlab.errors import write_whole
     from attnlab.post import build
     from attnlab.results import load_results
@@ -80,7 +92,10 @@ def results_publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     partial: Annotated[bool, typer.Option("--partial", help="Of an unfinished run, what is there.")] = False,
 ) -> None:
-    """Copy a finished run under bench/results/, where the figures find it."""
+    """Copy a finished run under bench/results/, where the figures find it.
+
+    Example: attnlab results publish runs/MACHINE/RUN
+    """
     from attnlab.results import publish
 
     print(publish(run, partial=partial))

@@ -1,4 +1,4 @@
-"""Commands about the workplace: what is installed here, and the notebooks."""
+"""Commands about what is at hand: what is installed here, and the notebooks."""
 
 import importlib.util
 import os
@@ -44,6 +44,8 @@ def lab(
     if importlib.util.find_spec("jupyterlab") is None:
         raise InputError("the notebooks open in JupyterLab, which is not installed: pip install jupyterlab")
     command = [sys.executable, "-m", "jupyterlab", str(notebooks)]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # in a container one often is; it listens to this machine alone, with a token
     if port is not None:
         _check_free(port)
         command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]  # else it takes another, in silence

@@ -20,7 +20,7 @@ import typer
 
 import attnlab
 from attnlab import cli, report
-from attnlab.cli import measuring, models, training, workshop
+from attnlab.cli import measuring, models, rows, training, workshop
 
 ROOT = Path(attnlab.__file__).parents[1]
 Command = Callable[..., tuple[int, str, str]]
@@ -59,7 +59,7 @@ def commands(part: ModuleType) -> list[tuple[str, Any]]:
     ]
 
 
-WITH_EXAMPLES = [found for part in (measuring, models, training, workshop) for found in commands(part)]
+WITH_EXAMPLES = [found for part in (measuring, models, rows, training, workshop) for found in commands(part)]
 
 
 @pytest.mark.parametrize(("name", "function"), WITH_EXAMPLES, ids=[name for name, _ in WITH_EXAMPLES])
