@@ -81,7 +81,7 @@ def test_output_is_what_the_rows_say(name):
 
 def test_links_and_pictures_exist():
     """A front page that points to a renamed notebook, or to a figure of another machine."""
-    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+    targets = re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#:\"]+)[)\"]", README.read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not (README.parent / target).exists()] == []
 
