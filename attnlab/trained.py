@@ -128,7 +128,7 @@ def uptraining(rows: pandas.DataFrame) -> Table:
         try:
             plain = [effect for effect in effects(sweep) if effect.arm == "plain"]
             said = (f"{effect.variant} {effect.mean:+.4f} ± {effect.half_width:.4f}" for effect in plain)
-            note += f"; from scratch, plain, minus MHA: {', '.join(said)}"
+            note += f"; from scratch, plain, averaged weights, minus MHA: {', '.join(said)}"
         except InputError as error:
             note += f"; from scratch: {error}"
     table = Table(

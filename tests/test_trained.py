@@ -105,7 +105,7 @@ def test_from_scratch_stands_beside_uptraining_where_it_is_the_same_model() -> N
     """A sweep of another model is no reference for this one."""
     rows = uptrained(6, "continued", 0.05, [1.8, 1.6]) + uptrained(2, "mean", 0.05, [1.9, 1.8])
     caption = str(uptraining(pandas.DataFrame(SWEEP + rows)).caption)
-    assert caption.endswith("from scratch, plain, minus MHA: GQA-2 +0.0400 ± 0.0497")
+    assert caption.endswith("from scratch, plain, averaged weights, minus MHA: GQA-2 +0.0400 ± 0.0497")
     begun = str(uptraining(pandas.DataFrame(SWEEP[:1] + rows)).caption)
     assert begun.endswith("from scratch: at least 2 seeds paired with MHA are needed, got none")
     other = [row | {"key": f"other {index}"} for index, row in enumerate(SWEEP)]

@@ -44,7 +44,13 @@ def quality_rows(
         if g < heads or arm == "plain":
             loss = 1.6 + 0.02 * seed + cost(g) * (1 if arm == "plain" else 0.4) + noise * random.normal()
             curve = [[n * 500_000, loss + 2 * math.exp(-n / 3) + 2 * noise * random.normal()] for n in range(1, 15)]
-            more = {"bits_per_byte": loss, "gzip_bits": 1.67, "xz_bits": 1.4, "curve": curve}
+            more = {
+                "bits_per_byte": loss,
+                "bits_per_byte_raw": loss + 0.0071,
+                "gzip_bits": 1.67,
+                "xz_bits": 1.4,
+                "curve": curve,
+            }
             yield row("g-sweep", g, seed, arm, **more)
     for budget, size, g, seed in itertools.product(("fixed", "per-parameter"), range(3), every, range(seeds)):
         shape = {name: values[size] for name, values in SIZES.items()}
