@@ -14,7 +14,7 @@ import attnlab
 
 ROOT = Path(__file__).parent.parent
 CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge's name differs from PyPI's
-MODULE_NAMES = {"flashinfer-python": "flashinfer"}  # where what is imported is named otherwise
+MODULE_NAMES = {"pillow": "pil", "flashinfer-python": "flashinfer"}  # where what is imported is named otherwise
 
 
 def canonical(name: str) -> str:
@@ -78,7 +78,7 @@ def test_the_library_imports_only_what_it_declares() -> None:
     """An import that works because another package happens to bring it (tqdm, psutil, yaml) breaks on the day that
     package drops it. What belongs to an extra may be imported only inside a function, where its absence is told."""
     required, optional = (
-        set(declared()),
+        {MODULE_NAMES.get(name, name) for name in declared()},
         {MODULE_NAMES.get(name, name) for name in declared("dev", "peers", "datasets")},
     )
     for file in sorted((ROOT / "attnlab").rglob("*.py")):
