@@ -24,12 +24,11 @@ code { overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Card:
-    """One figure of a gallery: its name, the machine it is of ("" for none), caption, and what is written in it."""
+    """One figure of a gallery: its name, the machine it is of ("" for none), its caption, and its footer."""
 
     name: str
     machine: str
     caption: str
-    title: str
     footer: str
 
     @property
@@ -45,8 +44,7 @@ class Card:
 
 def card(name: str, machine: str, caption: str | None, figure: Figure) -> Card:
     """What a gallery says of a drawn ``figure``."""
-    said = [" ".join(text.get_text().split()) for text in figure.texts]
-    return Card(name, machine, " ".join((caption or "").split()), said[0], said[-1])
+    return Card(name, machine, " ".join((caption or "").split()), " ".join(figure.texts[-1].get_text().split()))
 
 
 def gallery(cards: list[Card], explorer: bool) -> str:
@@ -54,7 +52,7 @@ def gallery(cards: list[Card], explorer: bool) -> str:
     links = "".join(f'<a href="#{escape(each.stem)}">{escape(each.name)}</a> ' for each in cards)
     also = '<p><a href="explorer.html">The explorer</a> predicts for any shape.</p>' if explorer else ""
     figures = "".join(
-        f'<figure id="{escape(each.stem)}">\n<h2>{escape(each.title)}</h2>\n'
+        f'<figure id="{escape(each.stem)}">\n<h2>{escape(each.name)}</h2>\n'
         f'<picture><source srcset="{each.stem}.dark.svg" media="(prefers-color-scheme: dark)">'
         f'<img src="{each.stem}.svg" alt="{escape(each.caption)}" loading="lazy"></picture>\n'
         f"<figcaption>{escape(each.caption)}<br><small>{escape(each.footer)}<br>Draw it again: "
