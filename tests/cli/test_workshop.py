@@ -1,4 +1,4 @@
-"""Commands about the workplace: what they say is missing, and how they hand over to JupyterLab."""
+"""Commands about what is at hand: what they say is missing, and how they hand over to JupyterLab."""
 
 import importlib.util
 import os
