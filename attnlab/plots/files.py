@@ -91,8 +91,8 @@ def dark_png(png: bytes) -> bytes:
     from PIL import Image, PngImagePlugin
 
     words, drawn = PngImagePlugin.PngInfo(), io.BytesIO()
-    with Image.open(io.BytesIO(png)) as light:
-        for name, text in light.text.items():  # type: ignore[attr-defined]  # a PNG has it
+    with PngImagePlugin.PngImageFile(io.BytesIO(png)) as light:
+        for name, text in light.text.items():
             words.add_text(name, text)
         pixels = numpy.asarray(light.convert("RGBA")).copy()
         dpi = light.info.get("dpi")

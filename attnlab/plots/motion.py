@@ -24,10 +24,10 @@ def frames(figure: Figure) -> int:
     return 1 + max((frame for _, frame in moving(figure).values()), default=0)
 
 
-def show(figure: Figure, frame: int | None) -> None:
-    """Let only what belongs to ``frame`` be drawn; everything where it is None."""
+def show(figure: Figure, frame: int) -> None:
+    """Let only what belongs to ``frame`` be drawn."""
     for artist, (way, own) in moving(figure).items():
-        artist.set_visible(frame is None or (own <= frame if way == "from" else own == frame))
+        artist.set_visible(own <= frame if way == "from" else own == frame)
 
 
 def moved(svg: str, count: int) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from attnlab.doctor import BROWSERS
+
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 START_SECONDS, RUN_SECONDS = 90, 300
 
 

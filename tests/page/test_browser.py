@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from attnlab import page as explorer
+from attnlab.doctor import BROWSERS
 from attnlab.errors import InputError, divisors
 from attnlab.predict.machine import Machine, published_machines
 from attnlab.predict.memory import (
@@ -25,7 +26,6 @@ from attnlab.results import load_results
 from attnlab.shapes import ELEMENT_BYTES, ModelShape
 
 pytestmark = pytest.mark.browser
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CONFIGURATIONS = 10_000
 SIZES = ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "tied_embeddings")
 
